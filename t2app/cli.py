@@ -1,0 +1,255 @@
+"""The command line: `python -m t2app answer | experts | train | eval | bench`.
+
+With `--json` a command prints one JSON object a line on standard output and nothing else there; progress and errors go
+to standard error. Every command ends with exit code 0, or 1 and a sentence.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from tqdm import tqdm
+
+from t2app import bench
+from t2app.decoding import Sampling
+from t2app.dispatch import DISPATCHERS, Dispatcher, ManualDispatch, PromptDispatch
+from t2app.engine import Dispatched, Engine, Finished, Token, as_json
+from t2app.evaluation import Accuracy, evaluate
+from t2app.experts import load_expert, mix, save_expert
+from t2app.models import DEFAULT_MODEL, PRECISIONS, Model, load_model
+from t2app.spectral import Deltas, is_mlp_path
+from t2app.tasks import TASKS, Example, task_named
+from t2app.training import ADVANTAGES, Trainer, TrainingSettings, with_test_accuracies
+
+LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 1 and a sentence on standard error where it cannot be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Print the two answers as they come, or the events as JSON lines."""
+    engine = Engine(_load(options))
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    for event in engine.answer(options.prompt, _dispatcher(engine.model, options.dispatch, options.weights), sampling):
+        if options.json:
+            _print_json(as_json(event))
+        elif isinstance(event, Dispatched):
+            mixture = ", ".join(f"{name}={weight:.2f}" for name, weight in event.weights.items())
+            print(f"task: {event.label or 'weights by hand'}   mixture: {mixture or 'no experts'}\n", flush=True)
+        elif isinstance(event, Token) and event.stream == "adapted":
+            print(event.text, end="", flush=True)
+        elif isinstance(event, Finished):
+            print(f"\n\nbase model: {event.base}\n\n{event.tokens} tokens, {event.tokens_per_second:.1f} tokens/s")
+
+
+def experts(options: argparse.Namespace) -> None:
+    """List the model's experts."""
+    for expert in _load(options).experts:
+        if options.json:
+            _print_json(
+                {
+                    "name": expert.name,
+                    "label": expert.label,
+                    "description": expert.description,
+                    "model": expert.weights.model,
+                    "fingerprint": expert.weights.fingerprint,
+                    "layers": len(expert.z),
+                    "parameters": expert.parameters,
+                    "training": dict(expert.training),
+                    "accuracies": [asdict(row) for row in expert.accuracies],
+                }
+            )
+        else:
+            print(f"{expert.name}  [{expert.label}]  {expert.parameters:,} numbers  {expert.description}")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train an expert, then measure base and expert on the test split and write that into its file."""
+    task = task_named(options.task)
+    settings = TrainingSettings(**{field.name: getattr(options, field.name) for field in fields(TrainingSettings)})
+    model = _load(options, many_rows=True, layers=LAYERS[options.layers])
+    trainer = Trainer(model, task, settings, options.out, options.name or task.label)
+    with tqdm(total=settings.steps, initial=trainer.step, desc=f"training {trainer.name}", unit="step") as bar:
+        for step in trainer.run():
+            bar.update(step.step - bar.n)
+            bar.set_postfix(reward=f"{step.reward:.2f}", validation=f"{trainer.best:.3f}")
+            if options.json:
+                _print_json(asdict(step))
+    expert = load_expert(trainer.expert_file, model.identity)
+    test = task.examples("test")
+    measured = [
+        _evaluate(model, task, test, name, [mixture] * len(test))
+        for name, mixture in (("base", None), (expert.name, mix([expert], {expert.name: 1.0})))
+    ]
+    save_expert(with_test_accuracies(expert, measured), trainer.expert_file)
+    for accuracy in measured:
+        _print_accuracy(accuracy, options.json)
+    if not options.json:
+        print(f"expert written to {trainer.expert_file}")
+
+
+def evaluate_tasks(options: argparse.Namespace) -> None:
+    """Measure the base model, the experts named and the dispatch named on the test split of each task."""
+    tasks = [task_named(name) for name in options.task]
+    model = _load(options, many_rows=True)
+    by_name = {expert.name: expert for expert in model.experts}
+    named = options.experts if options.experts is not None else list(by_name) if options.dispatch is None else []
+    mixtures = {"base": None} | {name: mix(model.experts, {name: 1.0}) for name in named}
+    for task in tasks:
+        examples = task.examples("test")[: options.limit]
+        for name, mixture in mixtures.items():
+            _print_accuracy(_evaluate(model, task, examples, name, [mixture] * len(examples)), options.json)
+        if options.dispatch is not None:
+            dispatcher = _dispatcher(model, options.dispatch, options.weights)
+            decided = [mix(model.experts, dispatcher.decide(example.prompt).weights) for example in examples]
+            _print_accuracy(_evaluate(model, task, examples, dispatcher.name, decided), options.json)
+
+
+def run_benches(options: argparse.Namespace) -> None:
+    """Print the figures of the benches named, or of all."""
+    for name in options.name or bench.BENCHES:
+        for figure in bench.BENCHES[name](options.model, options.precision):
+            if options.json:
+                _print_json(asdict(figure))
+            else:
+                print(
+                    f"{figure.bench} {figure.figure}: {figure.value:.3f} {figure.unit} "
+                    f"({figure.min:.3f} to {figure.max:.3f}, n = {figure.n})"
+                )
+
+
+def _evaluate(
+    model: Model, task, examples: Sequence[Example], name: str, mixtures: Sequence[Deltas | None]
+) -> Accuracy:
+    with tqdm(total=len(examples), desc=f"{task.name} · {name}", unit="example") as bar:
+        return evaluate(model, task, examples, name, mixtures, bar.update)
+
+
+def _dispatcher(model: Model, name: str, weights: dict[str, float] | None) -> Dispatcher:
+    if weights is not None and name != ManualDispatch.name:
+        raise ValueError(f"--weights belongs to --dispatch manual, not to --dispatch {name}")
+    if name == PromptDispatch.name:
+        return PromptDispatch(model)
+    if weights is None:
+        raise ValueError("--dispatch manual needs --weights, for instance --weights math=0.7")
+    return ManualDispatch(model, weights)
+
+
+def _load(options: argparse.Namespace, **arguments) -> Model:
+    with tqdm(total=1.0, bar_format="{desc} {percentage:3.0f}%", leave=False) as bar:
+
+        def progress(message: str, share: float | None) -> None:
+            bar.n = share or 0.0
+            bar.set_description_str(message)
+
+        return load_model(options.model, options.precision, progress=progress, **arguments)
+
+
+def _print_json(row: dict) -> None:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _print_accuracy(accuracy: Accuracy, as_json_line: bool) -> None:
+    low, high = accuracy.interval
+    if as_json_line:
+        _print_json(asdict(accuracy) | {"accuracy": accuracy.accuracy, "low": low, "high": high})
+    else:
+        print(
+            f"{accuracy.task}  {accuracy.mixture}: {accuracy.accuracy:.1%} "
+            f"({accuracy.correct} of {accuracy.n}; 95 % interval {low:.1%} to {high:.1%})"
+        )
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`math=0.7,code=0.1` as a dictionary."""
+    weights = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip():
+            raise argparse.ArgumentTypeError(
+                f"'{part}' is no weight; NAME=NUMBER was expected, as in math=0.7,code=0.1"
+            )
+    return weights
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; a whole number from 1 was expected")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name or a local folder")
+    common.add_argument("--precision", choices=PRECISIONS, default="auto", help="what the weights are held in")
+    common.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
+    dispatch = argparse.ArgumentParser(add_help=False)
+    dispatch.add_argument("--weights", type=_weights, help="with manual dispatch: NAME=NUMBER,… for each expert")
+
+    parser = argparse.ArgumentParser(prog="python -m t2app", description="Transformer² on one machine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("answer", parents=[common, dispatch], help="answer a prompt, adapted and base")
+    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("--dispatch", choices=DISPATCHERS, default=PromptDispatch.name, help="who decides the mixture")
+    command.add_argument("--max-new-tokens", type=_count, default=Sampling.max_new_tokens, metavar="N")
+    command.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T", help="0 is greedy")
+    command.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P")
+    command.add_argument("--seed", type=int, default=Sampling.seed, metavar="N")
+    command.set_defaults(run=answer)
+
+    command = commands.add_parser("experts", parents=[common], help="list the model's experts")
+    command.set_defaults(run=experts)
+
+    command = commands.add_parser("train", parents=[common], help="train an expert by reinforcement learning")
+    command.add_argument("task", metavar="TASK", choices=TASKS, help=f"one of {', '.join(TASKS)}")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of expert, log and checkpoint")
+    command.add_argument("--name", help="the expert's name (default: the task's label)")
+    command.add_argument(
+        "--layers", choices=LAYERS, default="mlp", help="adapt the MLP (as the paper) or all linear layers"
+    )
+    defaults = TrainingSettings()
+    for name, kind, help_text in (
+        ("steps", _count, "updates"),
+        ("prompts", _count, "prompts a step"),
+        ("samples", _count, "sampled answers to each prompt"),
+        ("learning_rate", float, "of Adam"),
+        ("kl_weight", float, "weight of the KL divergence to the base model"),
+        ("clip_norm", float, "largest norm of the gradient"),
+        ("temperature", float, "of the samples"),
+        ("validate_every", _count, "steps between validations and checkpoints"),
+        ("validation_limit", _count, "validation examples at most"),
+        ("seed", int, "of prompts and samples"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        command.add_argument(flag, type=kind, default=getattr(defaults, name), help=f"{help_text} (%(default)s)")
+    command.add_argument("--advantage", choices=ADVANTAGES, default=defaults.advantage, help="plain is the paper's ±1")
+    command.set_defaults(run=train)
+
+    command = commands.add_parser("eval", parents=[common, dispatch], help="measure accuracy on test splits")
+    command.add_argument("task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}")
+    command.add_argument("--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all)")
+    command.add_argument("--dispatch", choices=DISPATCHERS, help="also measure what this dispatch mixes")
+    command.add_argument("--limit", type=_count, metavar="N", help="only the first N examples")
+    command.set_defaults(run=evaluate_tasks)
+
+    command = commands.add_parser("bench", parents=[common], help="measure what things cost")
+    command.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(bench.BENCHES)} (default: all)")
+    command.set_defaults(run=run_benches)
+    return parser

@@ -1,0 +1,252 @@
+"""Batched decoding in which every row has its own prompt, mixture and random generator, and scoring of given answers.
+
+One forward pass a token serves all rows: base and adapted answers of the page, the samples of a training step, the
+problems of an evaluation. A row stops at its end of turn and leaves the batch. This file knows token ids and mixtures;
+text appears only where `TextStream` turns one row's tokens into pieces that can be shown.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from t2app.spectral import Deltas, SpectralModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 is greedy; `seed` starts every row's own generator.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; at least 1 was expected")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or more was expected")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; more than 0 and at most 1 was expected")
+
+
+# As a decorator the mode is entered for each step only, and so never leaks into the code that reads the stream.
+@torch.inference_mode()
+def decode(
+    adapted: SpectralModel,
+    prompts: Sequence[Sequence[int]],
+    mixtures: Sequence[Deltas | None],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    samples: int = 1,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[dict[int, int]]:
+    """Yield, for every step, the next token id of each row that is still running, by row.
+
+    Each prompt is run once and continued `samples` times: row p·samples + s is sample s of prompt p. Every row draws
+    from a generator of its own, so that what it says does not depend on its company. The token that ends a turn is
+    yielded too.
+
+    Args:
+        prompts: token ids; rows of different lengths are padded on the left.
+        mixtures: z − 1 of every prompt, None for the base model.
+        seeds: where each prompt's generators start, sample s at seeds[p] + s; None starts all prompts at sampling.seed,
+            so that two mixtures of one prompt are compared on the same draws.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or there are not as many mixtures as prompts.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("decoding needs at least one prompt, and none that is empty")
+    if len(mixtures) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts came with {len(mixtures)} mixtures; one for each was expected")
+    device = adapted.model.device
+    ids, mask = pad_left(prompts, device)
+    starts = [sampling.seed] * len(prompts) if seeds is None else seeds
+    choose = _TokenChooser(sampling, [start + sample for start in starts for sample in range(samples)], device)
+    stop = set(eos_ids)
+    cache = DynamicCache(config=adapted.model.config)
+    with adapted.rows(mixtures):
+        output = _forward(adapted, ids, mask, cache)
+    logits = output.logits[:, -1].repeat_interleave(samples, 0)  # (rows, vocabulary)
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+        mask = mask.repeat_interleave(samples, 0) if mask is not None else None
+    mixtures = [mixture for mixture in mixtures for _ in range(samples)]
+    plan = adapted.plan(mixtures)
+    running = list(range(len(mixtures)))
+    for step in range(sampling.max_new_tokens):
+        tokens = choose(logits, running)
+        yield dict(zip(running, tokens, strict=True))
+        kept = [i for i, token in enumerate(tokens) if token not in stop]
+        if not kept or step + 1 == sampling.max_new_tokens:
+            return
+        if len(kept) < len(running):
+            index = torch.tensor(kept, device=device)
+            cache.batch_select_indices(index)
+            mask = mask.index_select(0, index) if mask is not None else None
+            running = [running[i] for i in kept]
+            tokens = [tokens[i] for i in kept]
+            plan = adapted.plan([mixtures[row] for row in running])
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+        # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
+        with adapted.using(plan):
+            output = _forward(adapted, torch.tensor(tokens, device=device)[:, None], mask, cache)
+        logits = output.logits[:, -1]
+
+
+def decode_all(
+    adapted: SpectralModel,
+    prompts: Sequence[Sequence[int]],
+    mixtures: Sequence[Deltas | None],
+    sampling: Sampling,
+    eos_ids: Sequence[int],
+    samples: int = 1,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """`decode` to its end: the token ids of every row, the token that ended its turn included."""
+    rows: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
+    for step in decode(adapted, prompts, mixtures, sampling, eos_ids, samples, seeds):
+        for row, token in step.items():
+            rows[row].append(token)
+    return rows
+
+
+def answer_log_probabilities(
+    adapted: SpectralModel,
+    prompts: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Sequence[int]]],
+    mixture: Deltas | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every answer token, with gradient to `mixture`; each prompt is computed once for its group.
+
+    Args:
+        prompts: token ids; groups: for each prompt, as many answers as every other prompt has.
+
+    Returns:
+        log-probabilities and mask, both (prompts · samples, longest answer); the mask is 1 where there is a token.
+    """
+    samples = len(groups[0])
+    answers = [answer for group in groups for answer in group]
+    device = adapted.model.device
+    ids, prompt_mask = pad_left(prompts, device)
+    if prompt_mask is None:
+        prompt_mask = torch.ones_like(ids)
+    lengths = torch.tensor([len(answer) for answer in answers], device=device)
+    targets = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(device)
+    mask = (torch.arange(targets.shape[1], device=device) < lengths[:, None]).float()
+
+    transformer = adapted.model
+    cache = DynamicCache(config=transformer.config)
+    with adapted.rows([mixture] * len(prompts)):
+        first = transformer(
+            input_ids=ids,
+            attention_mask=prompt_mask,
+            position_ids=positions(prompt_mask),
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits.repeat_interleave(samples, 0)  # (rows, 1, vocabulary)
+    if targets.shape[1] == 1:
+        logits = first
+    else:
+        cache.batch_repeat_interleave(samples)
+        # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
+        whole = torch.cat([prompt_mask.repeat_interleave(samples, 0), torch.ones_like(targets[:, 1:])], dim=1)
+        with adapted.rows([mixture] * len(answers)):
+            rest = transformer(
+                input_ids=targets[:, :-1],
+                attention_mask=whole,
+                position_ids=positions(whole)[:, ids.shape[1] :],
+                past_key_values=cache,
+            ).logits
+        logits = torch.cat([first, rest], dim=1)  # (rows, longest answer, vocabulary)
+    logs = -nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return logs, mask
+
+
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids (rows, longest) and their attention mask of the same shape, or None where nothing was padded."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), None if bool(mask.all()) else mask.to(device)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of every token of a left-padded batch (rows, tokens): padding does not count."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _forward(adapted: SpectralModel, ids: Tensor, mask: Tensor | None, cache: DynamicCache):
+    arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    if mask is not None:
+        arguments["attention_mask"] = mask
+        arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    return adapted.model(**arguments)
+
+
+class _TokenChooser:
+    """Greedy, or sampled with transformers' own warpers, every row from a generator of its own."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):
+        self.greedy = sampling.temperature == 0
+        self.warpers = LogitsProcessorList()
+        if self.greedy:
+            return
+        if sampling.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        """The next token of each row, from logits (rows, vocabulary)."""
+        if self.greedy:
+            return logits.argmax(-1).tolist()
+        scores = self.warpers(None, logits.float())
+        probabilities = scores.softmax(-1)
+        return [
+            torch.multinomial(probabilities[i], 1, generator=self.generators[row]).item() for i, row in enumerate(rows)
+        ]
+
+
+class TextStream:
+    """One row's tokens as text that only ever grows: a character is shown once all of its bytes are there."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self.text = ""
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that became certain with it, which may be empty."""
+        self._ids.append(token)
+        decoded = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        # An unfinished character decodes to U+FFFD at the end; it may yet become another one.
+        return self._advance(decoded.rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """The text that was still held back when the row ended."""
+        return self._advance(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _advance(self, decoded: str) -> str:
+        if len(decoded) <= len(self.text):
+            return ""
+        piece, self.text = decoded[len(self.text) :], decoded
+        return piece

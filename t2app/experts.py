@@ -1,0 +1,221 @@
+"""Experts: z vectors with what one needs to know about them, pools of them, and mixing.
+
+An expert is one `.safetensors` file: a float32 tensor z (rank,) for every adapted layer, named by the layer's path, and
+string metadata. Reading one executes nothing, and everything is checked before it is used. This file does not know how
+models are loaded or run; it takes a `WeightsIdentity` to check an expert against.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2app.spectral import Deltas
+
+FORMAT_VERSION = "1"
+_REQUIRED_METADATA = ("format_version", "model", "revision", "fingerprint", "label", "description")
+
+
+class ExpertError(ValueError):
+    """An expert cannot be used; the message says what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """Which weights an expert belongs to.
+
+    Attributes:
+        model: the model's name; revision: the revision of its weights.
+        fingerprint: SHA-256 (hex) of `spectral.fingerprint`.
+        ranks: the rank of every layer that can be adapted, by its path.
+    """
+
+    model: str
+    revision: str
+    fingerprint: str
+    ranks: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measured accuracy: `correct` of `n` greedy answers on a task's split."""
+
+    task: str
+    split: str
+    mixture: str
+    correct: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Attributes:
+    name: its name in a pool, the file's stem.
+    label: the category of prompts it is for; description: one line that the first pass shows to the model.
+    z: (rank,) float32 by layer path.
+    training: the settings it was trained with, as JSON can hold them.
+    """
+
+    name: str
+    label: str
+    description: str
+    weights: WeightsIdentity
+    z: Mapping[str, Tensor]
+    training: Mapping[str, object] = field(default_factory=dict)
+    accuracies: tuple[Measurement, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return sum(z.numel() for z in self.z.values())
+
+
+def mix(experts: Iterable[Expert], weights: Mapping[str, float]) -> Deltas | None:
+    """z' − 1 = Σ αₖ (zₖ − 1) by layer path (paper, section 3.2), or None where that leaves the base model as it is.
+
+    Where the α sum to 1 this is the paper's Σ αₖ zₖ; what they lack to 1 is the base model's share.
+
+    Args:
+        weights: α by expert name; an expert that is not named takes no part.
+
+    Raises:
+        ExpertError: a weight names no expert, or is not finite.
+    """
+    by_name = {expert.name: expert for expert in experts}
+    deltas: dict[str, Tensor] = {}
+    for name, alpha in weights.items():
+        if name not in by_name:
+            raise ExpertError(f"there is no expert '{name}'; this model has {_listed(by_name)}")
+        if not torch.isfinite(torch.tensor(float(alpha))):
+            raise ExpertError(f"the weight of expert '{name}' is {alpha}; a finite number was expected")
+        if alpha == 0:
+            continue
+        for path, z in by_name[name].z.items():
+            delta = alpha * (z - 1)
+            deltas[path] = deltas[path] + delta if path in deltas else delta
+    return deltas or None
+
+
+def save_expert(expert: Expert, path: Path) -> None:
+    """Write `expert` to `path` and its card beside it, `<stem>.md`; a file that is there is replaced whole."""
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model": expert.weights.model,
+        "revision": expert.weights.revision,
+        "fingerprint": expert.weights.fingerprint,
+        "modules": json.dumps(list(expert.z)),
+        "label": expert.label,
+        "description": expert.description,
+        "training": json.dumps(dict(expert.training)),
+        "accuracies": json.dumps([vars(measurement) for measurement in expert.accuracies]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file(
+        {name: z.detach().to("cpu", torch.float32).contiguous() for name, z in expert.z.items()}, partial, metadata
+    )
+    partial.replace(path)
+    path.with_suffix(".md").write_text(card(expert), encoding="utf-8")
+
+
+def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
+    """Read an expert and check it against the model it is to be used with.
+
+    Raises:
+        ExpertError: the file is missing, truncated or no safetensors file; metadata is missing or of another format
+            version; it was trained on other weights; a layer is unknown, of another shape or dtype, or not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            z = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open has no iterator
+    except FileNotFoundError:
+        raise ExpertError(f"there is no expert file {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise ExpertError(f"{path} cannot be read as a safetensors file ({error}); it may be cut off") from None
+
+    missing = [key for key in _REQUIRED_METADATA if not metadata.get(key)]
+    if missing:
+        raise ExpertError(f"{path} is no expert file: its metadata lacks {', '.join(missing)}")
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise ExpertError(
+            f"{path} has expert format {metadata['format_version']}; this program reads format {FORMAT_VERSION}"
+        )
+    if metadata["fingerprint"] != weights.fingerprint:
+        raise ExpertError(
+            f"expert '{path.stem}' was trained on other weights ({metadata['model']}, {metadata['fingerprint'][:8]}…) "
+            f"than this model's ({weights.model}, {weights.fingerprint[:8]}…); an expert fits only the weights it was "
+            "trained on, so load that model or train the expert anew"
+        )
+    _check_vectors(path, z, _modules(path, metadata, z), weights)
+    try:
+        training = json.loads(metadata.get("training", "{}"))
+        accuracies = tuple(Measurement(**row) for row in json.loads(metadata.get("accuracies", "[]")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ExpertError(f"{path} has metadata that cannot be read ({error})") from None
+    return Expert(path.stem, metadata["label"], metadata["description"], weights, z, training, accuracies)
+
+
+def load_pool(folder: Path, weights: WeightsIdentity) -> list[Expert]:
+    """All experts of a folder, by name; an empty list where there is no such folder."""
+    return [load_expert(path, weights) for path in expert_files(folder)]
+
+
+def expert_files(folder: Path) -> list[Path]:
+    """The expert files of a pool, by name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def card(expert: Expert) -> str:
+    """The expert's card: a few lines of Markdown made from what its file says."""
+    lines = [
+        f"# {expert.name}",
+        "",
+        expert.description,
+        "",
+        f"- model: {expert.weights.model}, revision {expert.weights.revision}",
+        f"- weights: {expert.weights.fingerprint[:16]}…",
+        f"- adapts: {len(expert.z)} layers, {expert.parameters:,} numbers",
+    ]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in expert.training.items()]
+    if expert.accuracies:
+        lines += ["", "| task | split | mixture | correct | n | accuracy |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {row.task} | {row.split} | {row.mixture} | {row.correct} | {row.n} | {row.correct / row.n:.1%} |"
+            for row in expert.accuracies
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _modules(path: Path, metadata: Mapping[str, str], z: Mapping[str, Tensor]) -> list[str]:
+    """The layers that the file says it adapts, checked against the vectors that it holds."""
+    try:
+        listed = json.loads(metadata["modules"])
+    except (KeyError, json.JSONDecodeError):
+        raise ExpertError(f"{path} does not list the layers it adapts") from None
+    absent = sorted(set(listed) ^ set(z))
+    if absent:
+        raise ExpertError(f"{path} lists and holds different layers; the first that differs is '{absent[0]}'")
+    return listed
+
+
+def _check_vectors(path: Path, z: Mapping[str, Tensor], modules: list[str], weights: WeightsIdentity) -> None:
+    for name in modules:
+        vector = z[name]
+        if name not in weights.ranks:
+            raise ExpertError(f"{path} adapts the layer '{name}', which {weights.model} does not have")
+        expected = (weights.ranks[name],)
+        if tuple(vector.shape) != expected:
+            raise ExpertError(f"{path}: '{name}' has shape {tuple(vector.shape)}; {expected} was expected")
+        if vector.dtype != torch.float32:
+            raise ExpertError(f"{path}: '{name}' is {vector.dtype}; torch.float32 was expected")
+        if not torch.isfinite(vector).all():
+            raise ExpertError(f"{path}: '{name}' holds values that are not finite")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

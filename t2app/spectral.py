@@ -1,0 +1,238 @@
+"""Singular value fine-tuning as an edit beside an untouched layer.
+
+With W = U diag(σ) Vᵀ an expert turns W into W' = U diag(σ ⊙ z) Vᵀ (arXiv 2501.06252, section 3.1). Only the basis of
+W's narrow side is needed to compute W'x from Wx:
+
+    in_features ≤ out_features:  W'x = W(x + V((z − 1) ⊙ Vᵀx))      the input is edited, then the layer runs as it is
+    out_features < in_features:  W'x = y + U((z − 1) ⊙ Uᵀy), y = Wx  the layer runs as it is, then its output is edited
+
+so nothing is ever written into the weights and every row of a batch can carry its own z. This file knows linear layers
+and vectors; it does not know experts, prompts or how a model is loaded.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from t2app.products import FastLinear, edit, fast_edit
+
+# z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
+Deltas = Mapping[str, Tensor]
+
+_FINGERPRINT_ENTRIES = 1024
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Singular vectors of the narrow side of one weight matrix.
+
+    Attributes:
+        vectors: (narrow, rank) float32 with orthonormal columns, by falling singular value; narrow = rank = min(m, n).
+        singular_values: (rank,) float32, falling.
+        edits_input: True where the narrow side is the layer's input (V), False where it is its output (U).
+    """
+
+    vectors: Tensor
+    singular_values: Tensor
+    edits_input: bool
+
+    @property
+    def rank(self) -> int:
+        return self.singular_values.numel()
+
+
+def basis_of(weight: Tensor) -> Basis:
+    """The basis of `weight` (out_features, in_features) from the eigenvectors of its smaller Gram matrix.
+
+    The Gram matrix squares the condition number, so it is formed and decomposed in float64: near-equal singular values
+    then come out in the same order on every machine, which experts rely on.
+    """
+    out_features, in_features = weight.shape
+    edits_input = in_features <= out_features
+    matrix = weight.detach().to(torch.float64)
+    gram = matrix.T @ matrix if edits_input else matrix @ matrix.T
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    return Basis(
+        vectors=eigenvectors.flip(1).to(torch.float32).contiguous(),
+        singular_values=eigenvalues.flip(0).clamp_min(0).sqrt().to(torch.float32),
+        edits_input=edits_input,
+    )
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) over names, shapes and an even sample of the entries of `weights`, read as bfloat16.
+
+    It takes the full-precision weights, so that it is the same whatever precision the model is then run in.
+    """
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        flat = weight.detach().flatten()
+        # Float arithmetic would round differently for large matrices; integer strides do not.
+        picks = torch.arange(_FINGERPRINT_ENTRIES, device=flat.device) * flat.numel() // _FINGERPRINT_ENTRIES
+        entries = flat[picks].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}:{tuple(weight.shape)}\n".encode())
+        digest.update(entries.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class RowDeltas(NamedTuple):
+    """Which rows of a batch one layer edits, and by what.
+
+    Attributes:
+        count: rows of the batch.
+        edited: the rows that are edited, as an index into the batch.
+        delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
+    """
+
+    count: int
+    edited: slice | Tensor
+    delta: Tensor
+
+
+class SpectralLinear(nn.Module):
+    """A linear layer with the edit of this module beside it; the layer itself stays whole under `base`."""
+
+    def __init__(self, base: nn.Module, basis: Basis, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.base = base
+        self.edits_input = basis.edits_input
+        self._edit = fast_edit if isinstance(base, FastLinear) else edit
+        self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
+        self.rows: RowDeltas | None = None
+
+    def _add_edit(self, side: Tensor, without: Tensor | None = None) -> Tensor:
+        """`side` with its edited rows changed; `without` (the bias) is no part of what the edit sees."""
+        edited = side[self.rows.edited]
+        change = self._edit(edited if without is None else edited - without, self.vectors, self.rows.delta)
+        if len(change) == len(side):
+            return side + change
+        side = side.clone()
+        side[self.rows.edited] += change
+        return side
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows is None:
+            return self.base(x)
+        if x.dim() != 3 or x.shape[0] != self.rows.count:
+            raise ValueError(
+                f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
+                f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
+            )
+        if self.edits_input:
+            return self.base(self._add_edit(x))
+        return self._add_edit(self.base(x), without=self.base.bias)
+
+
+class SpectralModel:
+    """A model whose linear layers named by `bases` take a mixture for every row; `detach` gives the model back.
+
+    Args:
+        model: any module; its parameters are neither copied nor changed.
+        bases: the basis of every layer to adapt, by the layer's path in `model`.
+
+    Raises:
+        ValueError: a path names no linear layer of `model`, or a basis does not fit its layer.
+    """
+
+    def __init__(self, model: nn.Module, bases: Mapping[str, Basis]):
+        self.model = model
+        self.layers: dict[str, SpectralLinear] = {}
+        for path, basis in bases.items():
+            layer = linear_layer(model, path)
+            if min(layer.in_features, layer.out_features) != basis.rank:
+                raise ValueError(
+                    f"the basis for '{path}' has rank {basis.rank}; the layer is "
+                    f"{layer.out_features} × {layer.in_features}"
+                )
+            # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
+            dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
+            self.layers[path] = SpectralLinear(layer, basis, dtype, layer.weight.device)
+        for path, layer in self.layers.items():
+            model.set_submodule(path, layer)
+
+    def plan(self, rows: Sequence[Deltas | None]) -> dict[str, RowDeltas | None]:
+        """What every layer does to a batch whose row i is adapted by rows[i]; None is the model as it is."""
+        return {
+            path: _row_deltas([None if deltas is None else deltas.get(path) for deltas in rows], layer)
+            for path, layer in self.layers.items()
+        }
+
+    @contextmanager
+    def using(self, plan: Mapping[str, RowDeltas | None]):
+        """Run batches by a plan for the time of a block; outside of one the model is the untouched one."""
+        for path, layer in self.layers.items():
+            layer.rows = plan[path]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.rows = None
+
+    def rows(self, rows: Sequence[Deltas | None]):
+        """`using` a plan for these rows."""
+        return self.using(self.plan(rows))
+
+    def detach(self) -> nn.Module:
+        """Put the original layers back and return the model."""
+        for path, layer in self.layers.items():
+            self.model.set_submodule(path, layer.base)
+        self.layers = {}
+        return self.model
+
+
+def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDeltas | None:
+    """One layer's part of a plan, from the z − 1 (rank,) of every row or None; None where no row is edited."""
+    edited = [row for row, delta in enumerate(deltas) if delta is not None]
+    if not edited:
+        return None
+    first, last = edited[0], edited[-1]
+    shared = all(deltas[row] is deltas[first] for row in edited)
+    delta = deltas[first][None] if shared else torch.stack([deltas[row] for row in edited])
+    device = layer.vectors.device
+    # A slice of rows is a view; an index of rows that are apart copies them.
+    together = last - first + 1 == len(edited)
+    rows = slice(first, last + 1) if together else torch.tensor(edited, device=device)
+    return RowDeltas(len(deltas), rows, delta.to(device, torch.float32))
+
+
+def linear_layer(model: nn.Module, path: str) -> nn.Linear:
+    """The linear layer at `path`; raises ValueError where there is none."""
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the model has no module '{path}'") from None
+    if isinstance(layer, SpectralLinear):
+        layer = layer.base
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"'{path}' is a {type(layer).__name__}; only linear layers can be adapted")
+    return layer
+
+
+def block_linear_paths(model: nn.Module, keep: Callable[[str], bool] = lambda path: True) -> list[str]:
+    """Paths of the linear layers inside the model's blocks (the longest list of modules), in the model's order.
+
+    Raises:
+        ValueError: the model has no list of blocks, or no linear layer in it.
+    """
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no list of blocks to adapt")
+    root, _ = max(blocks, key=lambda item: len(item[1]))
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{root}.") and isinstance(module, nn.Linear) and keep(name)
+    ]
+    if not paths:
+        raise ValueError(f"the blocks of {type(model).__name__} hold no linear layer to adapt")
+    return paths
+
+
+def is_mlp_path(path: str) -> bool:
+    """Whether a layer belongs to a block's MLP, by the name that the model gives it."""
+    return ".mlp." in path

@@ -1,0 +1,40 @@
+"""What a task is: examples by split, the prompt of an example, and whether an answer to it is right.
+
+A task knows nothing of models, experts or training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt as the user would type it, and the answer that is right."""
+
+    prompt: str
+    answer: str
+
+
+class Task(Protocol):
+    """A task of the registry.
+
+    Attributes:
+        name: as on the command line.
+        label: the category of prompts that an expert for this task stands for (math, code, reasoning).
+        description: one line about that category, shown to the model by the first pass.
+        max_new_tokens: how long an answer may be.
+    """
+
+    name: str
+    label: str
+    description: str
+    max_new_tokens: int
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """All examples of a split, always the same ones in the same order; splits share no problem."""
+
+    def is_right(self, example: Example, answer: str) -> bool:
+        """Whether `answer`, the model's whole text, answers the example."""

@@ -1,0 +1,209 @@
+"""The page: Gradio Blocks over the engine's events. It knows events and figures, never tensors.
+
+Layout first, top to bottom as a person sees it, then the wiring. Which dispatch decides is the choice in the settings,
+and nowhere else: moving a slider chooses `manual`, the button under the sliders gives the choice back.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import gradio as gr
+import torch
+
+from t2app.decoding import Sampling
+from t2app.dispatch import DISPATCHERS, Dispatcher, ManualDispatch, PromptDispatch
+from t2app.engine import Dispatched, Engine, Finished, Token
+from t2app.figures import mixture_bars
+from t2app.loading import EngineLoader
+from t2app.models import CATALOGUE, expert_names
+
+TITLE = "Transformer²"
+EXAMPLES = (
+    "Compute 12 + 7. Reply with only the number.",
+    "What is 17 minus 9? Answer with just the number.",
+    "Please calculate 6 × 8 and reply with the number alone.",
+    "Write a short poem about the sea.",
+)
+MAX_PROMPT_CHARACTERS = 20_000
+_DISPATCH_TITLES = {"prompt": "Prompt: the base model names the category", "manual": "By hand: the sliders decide"}
+_LOAD_POLL_SECONDS = 0.3
+
+THEME = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+CSS = """
+#adapted, #base { min-height: 9rem; border-radius: 4px; padding: 0.25rem 0 0.25rem 1rem; overflow-wrap: anywhere; }
+#adapted { border-left: 4px solid var(--primary-500); }
+#base { border-left: 4px solid var(--neutral-400); }
+#adapted-statistics, #base-statistics { font-size: 0.85rem; opacity: 0.8; min-height: 1.4rem; }
+#status { min-height: 1.8rem; }
+#bars text { fill: var(--body-text-color) !important; }
+"""
+
+
+def build_page(loader: EngineLoader) -> gr.Blocks:
+    """The whole page, over an engine that may still be loading."""
+    experts = expert_names(loader.model_name)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(
+            f"# {TITLE}\nA language model that adapts itself to your prompt while you watch: a first pass sees what "
+            "the prompt asks for and mixes experts, a second pass answers, adapted and as it was, side by side."
+        )
+        prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, placeholder="Ask something…", autofocus=True)
+        gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
+        with gr.Row():
+            answer = gr.Button("Answer", variant="primary", min_width=120, elem_id="answer")
+            stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120, elem_id="stop")
+        status = gr.Markdown("Starting…", elem_id="status")
+        bars = gr.Plot(mixture_bars(dict.fromkeys(experts, 0.0)), label="Mixing weights", elem_id="bars")
+        with gr.Row(equal_height=True):
+            with gr.Column(min_width=300):
+                gr.Markdown("### Adapted")
+                adapted = gr.Markdown(elem_id="adapted", buttons=["copy"])
+                adapted_statistics = gr.Markdown(elem_id="adapted-statistics")
+            with gr.Column(min_width=300):
+                gr.Markdown("### Base model")
+                base = gr.Markdown(elem_id="base", buttons=["copy"])
+                base_statistics = gr.Markdown(elem_id="base-statistics")
+        with gr.Group():
+            sliders = [
+                gr.Slider(0, 1, value=0, step=0.05, label=f"Weight of the expert “{name}”", elem_id=f"weight-{name}")
+                for name in experts
+            ]
+            give_back = gr.Button("Let the dispatch decide the weights", size="sm", elem_id="give-back")
+        with gr.Accordion("Settings", open=False):
+            dispatch = gr.Radio(
+                [(_DISPATCH_TITLES[name], name) for name in DISPATCHERS],
+                value=PromptDispatch.name,
+                label="Dispatch",
+                info="Who decides the weights",
+                elem_id="dispatch",
+            )
+            max_new_tokens = gr.Slider(1, 1024, value=128, step=1, label="Max new tokens")
+            temperature = gr.Slider(
+                0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest token"
+            )
+            top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
+            seed = gr.Number(
+                0, precision=0, minimum=0, label="Seed", info="Of the draws where the temperature is not 0"
+            )
+            facts = gr.Markdown("The model is loading.", elem_id="facts")
+
+        shown = [status, bars, adapted, adapted_statistics, base, base_statistics, *sliders]
+        run = gr.on(
+            [answer.click, prompt.submit],
+            partial(_answer, loader),
+            inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders],
+            outputs=[answer, stop, *shown],
+            api_name="answer",
+            show_progress="hidden",
+            trigger_mode="once",
+            concurrency_limit=1,
+        )
+        stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
+        for slider in sliders:
+            slider.input(lambda: ManualDispatch.name, outputs=dispatch, queue=False, api_visibility="private")
+        give_back.click(lambda: PromptDispatch.name, outputs=dispatch, queue=False, api_visibility="private")
+        page.load(
+            partial(_watch_loading, loader),
+            outputs=[status, facts],
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
+    return page
+
+
+def _answer(
+    loader: EngineLoader,
+    prompt: str,
+    dispatch: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    *weights: float,
+) -> Iterator[list]:
+    """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
+    page = _AnswerView(len(weights))
+    try:
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"The prompt is {len(prompt):,} characters long; this page takes at most {MAX_PROMPT_CHARACTERS:,}."
+            )
+        yield page.running("Reading the prompt…")
+        engine = loader.engine()
+        names = [expert.name for expert in engine.model.experts]
+        dispatcher = _dispatcher(engine, dispatch, dict(zip(names, weights, strict=True)))
+        sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
+        for event in engine.answer(prompt, dispatcher, sampling):
+            yield page.event(event)
+    except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
+        yield page.failed(str(error))
+
+
+class _AnswerView:
+    """What the page shows of an answer so far; each method returns the updates of one moment, in the outputs' order."""
+
+    def __init__(self, sliders: int):
+        self._sliders = sliders
+        self._texts = {"adapted": "", "base": ""}
+
+    def running(self, status: str) -> list:
+        return self._update(running=True, status=status, adapted="", base="", adapted_statistics="", base_statistics="")
+
+    def failed(self, sentence: str) -> list:
+        return self._update(running=False, status=f"⚠️ {sentence}")
+
+    def event(self, event: Dispatched | Token | Finished) -> list:
+        if isinstance(event, Dispatched):
+            sliders = list(event.weights.values())
+            return self._update(status=_describe(event), bars=mixture_bars(event.weights), sliders=sliders)
+        if isinstance(event, Token):
+            self._texts[event.stream] += event.text
+            statistics = f"{event.tokens} tokens · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
+            return self._update(**{event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics})
+        return self._update(running=False, adapted=event.adapted, base=event.base)
+
+    def _update(self, running: bool | None = None, sliders: list[float] | None = None, **values) -> list:
+        buttons = [gr.skip(), gr.skip()] if running is None else _buttons(running)
+        named = ("status", "bars", "adapted", "adapted_statistics", "base", "base_statistics")
+        return [*buttons, *(values.get(name, gr.skip()) for name in named), *(sliders or [gr.skip()] * self._sliders)]
+
+
+def _describe(event: Dispatched) -> str:
+    if event.label is None:
+        return "Weights set by hand."
+    confidence = f" · {event.probabilities[event.label]:.0%} sure" if event.probabilities else ""
+    return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s"
+
+
+def _dispatcher(engine: Engine, name: str, weights: dict[str, float]) -> Dispatcher:
+    return ManualDispatch(engine.model, weights) if name == ManualDispatch.name else engine.prompt_dispatch
+
+
+def _buttons(running: bool) -> list:
+    return [gr.update(interactive=not running), gr.update(interactive=running)]
+
+
+def _stopped() -> list:
+    return [*_buttons(running=False), "Stopped."]
+
+
+def _watch_loading(loader: EngineLoader) -> Iterator[tuple[str, str]]:
+    """Say what the loading is doing until the engine is there, then what is known of the model."""
+    try:
+        while (engine := loader.engine(timeout=_LOAD_POLL_SECONDS)) is None:
+            share = "" if loader.share is None else f" {loader.share:.0%}"
+            yield f"{loader.message}…{share}", gr.skip()
+        yield "Ready.", _facts(engine)
+    except Exception as error:  # noqa: BLE001  whatever it was, the person who waits for it must see it
+        yield f"⚠️ The model could not be loaded: {error}", f"No model: {error}"
+
+
+def _facts(engine: Engine) -> str:
+    model = engine.model
+    licence = f", {CATALOGUE[model.name].licence}" if model.name in CATALOGUE else ""
+    lines = [f"**{model.name}** ({model.parameters / 1e6:.0f} M parameters{licence}), held in {model.precision}."]
+    lines += [
+        f"- expert **{expert.name}** ({expert.parameters:,} numbers): {expert.description}" for expert in model.experts
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""What several test files share: the real embedded model, and small random models of every architecture tested.
+
+The real model is loaded once a session; its first load on a machine downloads and converts it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedConfig, Qwen2Config
+
+from t2app.models import Model, load_model
+
+# Wide enough a spread that the blocks, and what an expert does to them, show in the logits.
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "eos_token_id": 2,
+}
+SMALL_CONFIGS = {
+    "llama": LlamaConfig(vocab_size=96, num_key_value_heads=2, **_SIZES),
+    "qwen2": Qwen2Config(vocab_size=96, num_key_value_heads=2, **_SIZES),
+    "gpt_neox": GPTNeoXConfig(vocab_size=96, **_SIZES),
+    "phi": PhiConfig(vocab_size=96, **_SIZES),
+}
+
+
+def random_model(config: PreTrainedConfig) -> nn.Module:
+    """A frozen model with random weights and random biases, always the same ones."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def real() -> Model:
+    """The embedded model in fp32 with all linear layers of its blocks adapted."""
+    return load_model(precision="fp32", layers=lambda path: True)
+
+
+@pytest.fixture(scope="session")
+def plain() -> nn.Module:
+    """The embedded model in fp32 with nothing adapted, a second copy of it."""
+    return load_model(precision="fp32", layers=lambda path: False).adapted.model
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable[[str], nn.Module]:
+    """Makes a small random model of an architecture of `SMALL_CONFIGS`."""
+    return lambda architecture: random_model(SMALL_CONFIGS[architecture])
+
+
+@pytest.fixture(params=SMALL_CONFIGS)
+def small(request, small_model) -> nn.Module:
+    """A small random model of each architecture, new for each test."""
+    return small_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(real, tmp_path_factory) -> Path:
+    """A checkpoint of a small random Llama with the real tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    random_model(LlamaConfig(vocab_size=len(real.tokenizer), num_key_value_heads=2, **_SIZES)).save_pretrained(folder)
+    real.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder, tmp_path_factory) -> Model:
+    """The model of `tiny_folder` in fp32 with all linear layers of its blocks adapted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("T2_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return load_model(str(tiny_folder), precision="fp32", layers=lambda path: True)

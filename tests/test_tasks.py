@@ -1,0 +1,105 @@
+"""Tasks: what their splits hold and which answers they take for right."""
+
+import re
+from collections import Counter
+
+import pytest
+
+from t2app.tasks import SPLITS, TASKS, Example, task_named
+
+ARITHMETIC = TASKS["arithmetic"]
+OPERATOR_WORDS = {"+": r"\+|plus|add", "-": r" - |minus|subtract|take", "*": r"×|\*|times|multipl"}
+RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+LARGEST = {"+": 20, "-": 20, "*": 10}
+
+
+def problem(example: Example) -> tuple[str, int, int]:
+    """Operator and operands of a prompt, as its wording orders them."""
+    a, b = map(int, re.findall(r"\d+", example.prompt))
+    if re.search(r"add \d+ to|take \d+ away from|Subtract \d+ from", example.prompt):
+        a, b = b, a
+    [operator] = [name for name, words in OPERATOR_WORDS.items() if re.search(words, example.prompt, re.IGNORECASE)]
+    return operator, a, b
+
+
+PROBLEMS = {split: [problem(example) for example in ARITHMETIC.examples(split)] for split in SPLITS}
+
+
+def test_splits_of_arithmetic_share_no_problem_not_even_the_other_way_round():
+    train, validation, test = (
+        {(operator, frozenset((a, b))) for operator, a, b in PROBLEMS[split]} for split in SPLITS
+    )
+    assert not train & validation and not train & test and not validation & test
+
+
+def test_test_split_of_arithmetic_has_at_least_five_hundred_problems_each_once():
+    assert len(PROBLEMS["test"]) == len(set(PROBLEMS["test"])) >= 500
+
+
+def test_train_split_of_arithmetic_asks_each_problem_in_six_wordings():
+    assert set(Counter(PROBLEMS["train"]).values()) == {6}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_is_always_the_same_and_repeats_no_prompt(name, split):
+    examples = TASKS[name].examples(split)
+    assert examples and examples == TASKS[name].examples(split)
+    assert len({example.prompt for example in examples}) == len(examples)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_answer_of_every_example_is_right(name, split):
+    task = TASKS[name]
+    assert all(task.is_right(example, example.answer) for example in task.examples(split))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_of_arithmetic_are_the_results_never_negative_and_of_small_numbers(split):
+    for example, (operator, a, b) in zip(ARITHMETIC.examples(split), PROBLEMS[split], strict=True):
+        assert int(example.answer) == RESULT[operator](a, b) >= 0
+        assert max(a, b) <= LARGEST[operator]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("19", "19", True),
+        (" 19\n", "19", True),
+        ("12 + 7 = 19.", "19", True),
+        ("The answer is **19**", "19", True),
+        ("19.0", "19", True),
+        ("1,000", "1000", True),
+        ("-3", "-3", True),
+        ("−3", "-3", True),
+        ("19, or so", "19", True),
+        ("0", "0", True),
+        ("-3", "3", False),
+        ("19.5", "19", False),
+        ("190", "19", False),
+        ("19 is what 12 + 7 makes", "19", False),
+        ("no number", "19", False),
+        ("", "19", False),
+        ("nineteen", "19", False),
+        (",", "19", False),
+        ("9" * 500, "19", False),
+    ],
+)
+def test_last_number_of_an_answer_counts(answer, expected, right):
+    assert ARITHMETIC.is_right(Example("", expected), answer) is right
+
+
+def test_unknown_split_and_unknown_task_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="there is no split 'dev'; choose one of train, validation, test"):
+        ARITHMETIC.examples("dev")
+    with pytest.raises(ValueError, match="there is no task 'cooking'; there are: .*arithmetic"):
+        task_named("cooking")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_registered_under_its_name_and_says_what_it_is_for(name):
+    task = task_named(name)
+    assert task.name == name
+    assert task.label and task.max_new_tokens > 0
+    assert task.description and "\n" not in task.description
