@@ -21,7 +21,7 @@ from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import load_expert, mix, save_expert
 from t2app.models import DEFAULT_MODEL, PRECISIONS, Model, load_model
 from t2app.spectral import Deltas, is_mlp_path
-from t2app.tasks import TASKS, Example, task_named
+from t2app.tasks import TASKS, Example, Task, task_named
 from t2app.training import ADVANTAGES, Trainer, TrainingSettings, with_test_accuracies
 
 LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
@@ -88,7 +88,7 @@ def train(options: argparse.Namespace) -> None:
             if options.json:
                 _print_json(asdict(step))
     expert = load_expert(trainer.expert_file, model.identity)
-    test = task.examples("test")
+    test = task.examples("test")[: options.test_limit]
     measured = [
         _evaluate(model, task, test, name, [mixture] * len(test))
         for name, mixture in (("base", None), (expert.name, mix([expert], {expert.name: 1.0})))
@@ -131,7 +131,7 @@ def run_benches(options: argparse.Namespace) -> None:
 
 
 def _evaluate(
-    model: Model, task, examples: Sequence[Example], name: str, mixtures: Sequence[Deltas | None]
+    model: Model, task: Task, examples: Sequence[Example], name: str, mixtures: Sequence[Deltas | None]
 ) -> Accuracy:
     with tqdm(total=len(examples), desc=f"{task.name} · {name}", unit="example") as bar:
         return evaluate(model, task, examples, name, mixtures, bar.update)
@@ -188,6 +188,13 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
+def _bench_name(text: str) -> str:
+    # argparse's choices refuse the empty list that no name stands for.
+    if text not in bench.BENCHES:
+        raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {', '.join(bench.BENCHES)})")
+    return text
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no count; a whole number from 1 was expected")
@@ -222,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of expert, log and checkpoint")
     command.add_argument("--name", help="the expert's name (default: the task's label)")
     command.add_argument(
-        "--layers", choices=LAYERS, default="mlp", help="adapt the MLP (as the paper) or all linear layers"
+        "--layers", choices=LAYERS, default="all", help="adapt all linear layers or the MLP, as the paper"
     )
     defaults = TrainingSettings()
     for name, kind, help_text in (
@@ -239,6 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         flag = f"--{name.replace('_', '-')}"
         command.add_argument(flag, type=kind, default=getattr(defaults, name), help=f"{help_text} (%(default)s)")
+    command.add_argument(
+        "--test-limit", type=_count, metavar="N", help="measure at the end on the first N test examples"
+    )
     command.add_argument("--advantage", choices=ADVANTAGES, default=defaults.advantage, help="plain is the paper's ±1")
     command.set_defaults(run=train)
 
@@ -250,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=evaluate_tasks)
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")
-    command.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(bench.BENCHES)} (default: all)")
+    command.add_argument(
+        "name", nargs="*", metavar="NAME", type=_bench_name, help=f"of {', '.join(bench.BENCHES)} (default: all)"
+    )
     command.set_defaults(run=run_benches)
     return parser

@@ -66,12 +66,14 @@ def decode(
             so that two mixtures of one prompt are compared on the same draws.
 
     Raises:
-        ValueError: there is no prompt, one is empty, or there are not as many mixtures as prompts.
+        ValueError: there is no prompt, one is empty, or there are not as many mixtures or seeds as prompts.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("decoding needs at least one prompt, and none that is empty")
     if len(mixtures) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(mixtures)} mixtures; one for each was expected")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds; one for each was expected")
     device = adapted.model.device
     ids, mask = pad_left(prompts, device)
     starts = [sampling.seed] * len(prompts) if seeds is None else seeds
@@ -130,11 +132,13 @@ def answer_log_probabilities(
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Sequence[int]]],
     mixture: Deltas | None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every answer token, with gradient to `mixture`; each prompt is computed once for its group.
 
     Args:
         prompts: token ids; groups: for each prompt, as many answers as every other prompt has.
+        temperature: of the distribution whose log-probabilities are asked for.
 
     Returns:
         log-probabilities and mask, both (prompts · samples, longest answer); the mask is 1 where there is a token.
@@ -173,7 +177,9 @@ def answer_log_probabilities(
                 past_key_values=cache,
             ).logits
         logits = torch.cat([first, rest], dim=1)  # (rows, longest answer, vocabulary)
-    logs = -nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    # Flat, because torch's cross entropy over a class dimension that is not the last sums it ten times less exactly.
+    flat = (logits.float() / temperature).flatten(0, 1)
+    logs = -nn.functional.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
     return logs, mask
 
 

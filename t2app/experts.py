@@ -101,7 +101,13 @@ def mix(experts: Iterable[Expert], weights: Mapping[str, float]) -> Deltas | Non
 
 
 def save_expert(expert: Expert, path: Path) -> None:
-    """Write `expert` to `path` and its card beside it, `<stem>.md`; a file that is there is replaced whole."""
+    """Write `expert` to `path` and its card beside it, `<stem>.md`; a file that is there is replaced whole.
+
+    Raises:
+        ExpertError: it has no label or no description.
+    """
+    if not expert.label or not expert.description:
+        raise ExpertError(f"expert '{expert.name}' has no label or no description; the first pass needs both")
     metadata = {
         "format_version": FORMAT_VERSION,
         "model": expert.weights.model,
@@ -154,6 +160,8 @@ def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
     _check_vectors(path, z, _modules(path, metadata, z), weights)
     try:
         training = json.loads(metadata.get("training", "{}"))
+        if not isinstance(training, dict):
+            raise TypeError("the training settings are no object")
         accuracies = tuple(Measurement(**row) for row in json.loads(metadata.get("accuracies", "[]")))
     except (json.JSONDecodeError, TypeError) as error:
         raise ExpertError(f"{path} has metadata that cannot be read ({error})") from None
@@ -196,7 +204,9 @@ def _modules(path: Path, metadata: Mapping[str, str], z: Mapping[str, Tensor]) -
     try:
         listed = json.loads(metadata["modules"])
     except (KeyError, json.JSONDecodeError):
-        raise ExpertError(f"{path} does not list the layers it adapts") from None
+        listed = None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ExpertError(f"{path} does not list the layers it adapts")
     absent = sorted(set(listed) ^ set(z))
     if absent:
         raise ExpertError(f"{path} lists and holds different layers; the first that differs is '{absent[0]}'")

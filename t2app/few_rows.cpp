@@ -6,10 +6,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <immintrin.h>
 #include <torch/library.h>
+
+#include <vector>
 
 namespace {
 
@@ -88,43 +90,52 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const 
   return y;
 }
 
-// V((z − 1) ⊙ Vᵀx): side (rows, narrow) and vectors (rank, narrow), row i a singular vector, contiguous bfloat16; delta
-// (1 or rows, rank) is z − 1 in float32. Each vector is read once, for its coordinate and for its contribution.
-at::Tensor few_rows_edit(const at::Tensor& side, const at::Tensor& vectors, const at::Tensor& delta) {
+// side + V((z − 1) ⊙ Vᵀ side) for the rows from `first` on, the other rows as they are. side (rows, narrow) and vectors
+// (rank, narrow), row i a singular vector, are bfloat16; delta (1 or edited rows, rank) is z − 1 in float32. Each vector
+// is read once, for its coordinate and for its contribution.
+at::Tensor few_rows_edited(const at::Tensor& side, const at::Tensor& vectors, const at::Tensor& delta, int64_t first,
+                           int64_t edited) {
   check(side, vectors);
   const int64_t rows = side.size(0), narrow = side.size(1), rank = vectors.size(0);
+  TORCH_CHECK(first >= 0 && edited > 0 && first + edited <= rows, "the edited rows are not in the batch");
   TORCH_CHECK(delta.scalar_type() == at::kFloat && delta.is_contiguous(), "contiguous float32 was expected for z - 1");
-  TORCH_CHECK(delta.dim() == 2 && delta.size(1) == rank && (delta.size(0) == 1 || delta.size(0) == rows),
+  TORCH_CHECK(delta.dim() == 2 && delta.size(1) == rank && (delta.size(0) == 1 || delta.size(0) == edited),
               "z - 1 does not match the rows or the rank");
-  const at::Tensor wide = side.to(at::kFloat).contiguous();
-  const int64_t threads = at::get_num_threads();
-  const at::Tensor partial = at::zeros({threads, rows, narrow}, side.options().dtype(at::kFloat));
+  at::Tensor result = side.clone(at::MemoryFormat::Contiguous);
+  auto* target = result.mutable_data_ptr<at::BFloat16>() + first * narrow;
+  std::vector<float> source(target, target + edited * narrow);
+  const int64_t threads = at::get_num_threads(), size = edited * narrow;
+  std::vector<float> sums(threads * size, 0.0f);
   const uint16_t* v = bits(vectors);
-  const float* source = wide.const_data_ptr<float>();
   const float* d = delta.const_data_ptr<float>();
   const int64_t delta_stride = delta.size(0) == 1 ? 0 : rank;
-  float* sums = partial.mutable_data_ptr<float>();
   at::parallel_for(0, rank, (rank + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    float* mine = sums + at::get_thread_num() * rows * narrow;
+    float* mine = sums.data() + at::get_thread_num() * size;
     for (int64_t i = begin; i < end; ++i) {
       const uint16_t* vector = v + i * narrow;
-      for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t row = 0; row < edited; ++row) {
         float coordinate;
-        products<1>(vector, source + row * narrow, narrow, &coordinate);
+        products<1>(vector, source.data() + row * narrow, narrow, &coordinate);
         const __m256 scale = _mm256_set1_ps(coordinate * d[row * delta_stride + i]);
-        float* target = mine + row * narrow;
+        float* sum = mine + row * narrow;
         for (int64_t j = 0; j < narrow; j += 8) {
-          _mm256_storeu_ps(target + j, _mm256_fmadd_ps(widen(vector + j), scale, _mm256_loadu_ps(target + j)));
+          _mm256_storeu_ps(sum + j, _mm256_fmadd_ps(widen(vector + j), scale, _mm256_loadu_ps(sum + j)));
         }
       }
     }
   });
-  return partial.sum(0).to(at::kBFloat16);
+  for (int64_t j = 0; j < size; ++j) {
+    float value = source[j];
+    for (int64_t thread = 0; thread < threads; ++thread) value += sums[thread * size + j];
+    target[j] = value;
+  }
+  return result;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(t2app, library) {
   library.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", &few_rows_linear);
-  library.def("few_rows_edit(Tensor side, Tensor vectors, Tensor delta) -> Tensor", &few_rows_edit);
+  library.def("few_rows_edited(Tensor side, Tensor vectors, Tensor delta, int first, int edited) -> Tensor",
+              &few_rows_edited);
 }

@@ -133,10 +133,10 @@ def load_model(
         ModelError: the model cannot be had or has nothing to adapt.
         ExpertError: one of its experts is not usable.
     """
-    checkpoint, revision = _checkpoint(name, progress)
-    progress("Loading the model", None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(precision, device, many_rows)
+    checkpoint, revision = _checkpoint(name, progress)
+    progress("Loading the model", None)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     transformers_logging.disable_progress_bar()
     try:

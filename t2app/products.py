@@ -38,28 +38,45 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y.view(*x.shape[:-1], -1)
 
 
-def edit(side: Tensor, vectors: Tensor, delta: Tensor) -> Tensor:
-    """V((z − 1) ⊙ Vᵀx), the edit of a layer's narrow side.
+def edited(side: Tensor, rows: slice | Tensor, vectors: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A layer's narrow side with some rows edited: s + V((z − 1) ⊙ Vᵀ(s − bias)), the other rows as they are.
 
     Args:
         side: (rows, tokens, narrow).
+        rows: the rows to edit, as an index.
         vectors: Vᵀ (rank, narrow), a singular vector a row.
-        delta: z − 1 (1 or rows, rank) in float32.
-
-    Returns:
-        (rows, tokens, narrow) in the dtype of `side`.
+        delta: z − 1 (1 or edited rows, rank) in float32.
+        bias: (narrow,), what of `side` is no part of the product that the edit is for.
     """
+    before = side[rows] if bias is None else side[rows] - bias
+    return _with_rows(side, rows, _edit(before, vectors, delta))
+
+
+def fast_edited(
+    side: Tensor, rows: slice | Tensor, vectors: Tensor, delta: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`edited` for bfloat16."""
+    if torch.is_grad_enabled() and (side.requires_grad or delta.requires_grad):
+        return edited(side, rows, vectors, delta, bias)
+    few = side.shape[1] == 1 and len(side) <= FEW_ROWS and isinstance(rows, slice) and bias is None
+    if few and vectors.shape[1] % _KERNEL_WIDTH == 0:
+        return torch.ops.t2app.few_rows_edited(side[:, 0], vectors, delta, rows.start, rows.stop - rows.start)[:, None]
+    before = side[rows].float() if bias is None else side[rows].float() - bias
+    return _with_rows(side, rows, _edit(before, vectors.float(), delta))
+
+
+def _edit(side: Tensor, vectors: Tensor, delta: Tensor) -> Tensor:
     coordinates = F.linear(side, vectors) * delta[:, None, :]  # (rows, tokens, rank)
     return coordinates.to(side.dtype) @ vectors
 
 
-def fast_edit(side: Tensor, vectors: Tensor, delta: Tensor) -> Tensor:
-    """`edit` for bfloat16."""
-    if torch.is_grad_enabled() and (side.requires_grad or delta.requires_grad):
-        return edit(side, vectors, delta)
-    if side.shape[1] == 1 and len(side) <= FEW_ROWS and vectors.shape[1] % _KERNEL_WIDTH == 0:
-        return torch.ops.t2app.few_rows_edit(side[:, 0], vectors, delta)[:, None]
-    return edit(side.float(), vectors.float(), delta).to(side.dtype)
+def _with_rows(side: Tensor, rows: slice | Tensor, change: Tensor) -> Tensor:
+    """`side` with `change` added to its rows; what the other rows hold is copied bit for bit."""
+    if len(change) == len(side):
+        return (side + change).to(side.dtype)
+    side = side.clone()
+    side[rows] += change
+    return side
 
 
 class FastLinear(nn.Linear):
@@ -108,7 +125,8 @@ def _load_kernel(folder: Path) -> bool:
             if not _compile(built):
                 return False
             os.replace(built, library)
-    torch.ops.load_library(library)
+    if not hasattr(torch.ops.t2app, "few_rows_linear"):
+        torch.ops.load_library(library)
     return True
 
 

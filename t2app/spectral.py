@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from t2app.products import FastLinear, edit, fast_edit
+from t2app.products import FastLinear, edited, fast_edited
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
 Deltas = Mapping[str, Tensor]
@@ -101,19 +101,9 @@ class SpectralLinear(nn.Module):
         super().__init__()
         self.base = base
         self.edits_input = basis.edits_input
-        self._edit = fast_edit if isinstance(base, FastLinear) else edit
+        self._edited = fast_edited if isinstance(base, FastLinear) else edited
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
         self.rows: RowDeltas | None = None
-
-    def _add_edit(self, side: Tensor, without: Tensor | None = None) -> Tensor:
-        """`side` with its edited rows changed; `without` (the bias) is no part of what the edit sees."""
-        edited = side[self.rows.edited]
-        change = self._edit(edited if without is None else edited - without, self.vectors, self.rows.delta)
-        if len(change) == len(side):
-            return side + change
-        side = side.clone()
-        side[self.rows.edited] += change
-        return side
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None:
@@ -123,9 +113,10 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
+        _, rows, delta = self.rows
         if self.edits_input:
-            return self.base(self._add_edit(x))
-        return self._add_edit(self.base(x), without=self.base.bias)
+            return self.base(self._edited(x, rows, self.vectors, delta))
+        return self._edited(self.base(x), rows, self.vectors, delta, self.base.bias)
 
 
 class SpectralModel:
@@ -187,16 +178,16 @@ class SpectralModel:
 
 def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDeltas | None:
     """One layer's part of a plan, from the z − 1 (rank,) of every row or None; None where no row is edited."""
-    edited = [row for row, delta in enumerate(deltas) if delta is not None]
-    if not edited:
+    adapted = [row for row, delta in enumerate(deltas) if delta is not None]
+    if not adapted:
         return None
-    first, last = edited[0], edited[-1]
-    shared = all(deltas[row] is deltas[first] for row in edited)
-    delta = deltas[first][None] if shared else torch.stack([deltas[row] for row in edited])
+    first, last = adapted[0], adapted[-1]
+    shared = all(deltas[row] is deltas[first] for row in adapted)
+    delta = deltas[first][None] if shared else torch.stack([deltas[row] for row in adapted])
     device = layer.vectors.device
     # A slice of rows is a view; an index of rows that are apart copies them.
-    together = last - first + 1 == len(edited)
-    rows = slice(first, last + 1) if together else torch.tensor(edited, device=device)
+    together = last - first + 1 == len(adapted)
+    rows = slice(first, last + 1) if together else torch.tensor(adapted, device=device)
     return RowDeltas(len(deltas), rows, delta.to(device, torch.float32))
 
 

@@ -25,7 +25,7 @@ from t2app.decoding import Sampling, answer_log_probabilities, decode_all
 from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import Expert, Measurement, save_expert
 from t2app.models import Model
-from t2app.tasks import Example, Task
+from t2app.tasks import Task
 
 ADVANTAGES = ("group", "plain")
 # Bounds the memory of an update: logits are rows × answer tokens × vocabulary.
@@ -44,16 +44,16 @@ class TrainingSettings:
         validate_every, validation_limit: steps between validations, and how many examples one takes.
     """
 
-    steps: int = 100
+    steps: int = 150
     prompts: int = 16
     samples: int = 8
     advantage: str = "group"
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     kl_weight: float = 0.0
     clip_norm: float = 1.0
     temperature: float = 1.0
-    validate_every: int = 10
-    validation_limit: int = 200
+    validate_every: int = 15
+    validation_limit: int = 154
     seed: int = 0
 
     def __post_init__(self):
@@ -64,6 +64,8 @@ class TrainingSettings:
         for name in ("steps", "prompts", "samples", "validate_every", "validation_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 was expected")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; more than 0 was expected, for samples that differ")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Trainer:
         self.base_validation = 0.0
         self.seconds = 0.0
         self.examples = {split: task.examples(split) for split in ("train", "validation")}
-        self.validation = _evenly(self.examples["validation"], settings.validation_limit)
+        held_out = self.examples["validation"]
+        self.validation = random.Random(0).sample(held_out, min(settings.validation_limit, len(held_out)))
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -170,14 +173,15 @@ class Trainer:
 
     def _loss(self, prompts: Sequence, groups: Sequence[Sequence[Sequence[int]]], advantages: Tensor) -> Tensor:
         """−Σ A·log π_z(answer) + λ·Σ KL over the answers of some prompts; advantages is (prompts, samples)."""
-        logs, mask = answer_log_probabilities(self.model.adapted, prompts, groups, self.deltas)
+        temperature = self.settings.temperature
+        logs, mask = answer_log_probabilities(self.model.adapted, prompts, groups, self.deltas, temperature)
         loss = -(advantages.to(logs.device).view(-1, 1) * logs * mask).sum()
         if self.settings.kl_weight:
             with torch.no_grad():
-                base, _ = answer_log_probabilities(self.model.adapted, prompts, groups, None)
-            # The estimator of KL(π_z ‖ π_base) from sampled tokens that is unbiased and never negative.
-            ratio = base - logs
-            loss = loss + self.settings.kl_weight * ((ratio.exp() - ratio - 1) * mask).sum()
+                base, _ = answer_log_probabilities(self.model.adapted, prompts, groups, None, temperature)
+            # Its gradient over samples of π_z is that of KL(π_z ‖ π_base); that of the better known estimator, which
+            # has the divergence itself as its mean, is not.
+            loss = loss + self.settings.kl_weight * (0.5 * (base - logs).square() * mask).sum()
         return loss
 
     def _validate(self) -> float:
@@ -226,6 +230,8 @@ class Trainer:
     def _resume(self) -> None:
         file = self.out / "checkpoint.pt"
         if not file.exists():
+            # Cut off before its first checkpoint, a training starts anew, and so does its log.
+            (self.out / "log.jsonl").unlink(missing_ok=True)
             return
         state = torch.load(file, weights_only=True)
         if json.loads(state["settings"]) != self._identity():
@@ -249,7 +255,7 @@ class Trainer:
         return settings | {
             "task": self.task.name,
             "weights": self.model.identity.fingerprint,
-            "layers": len(self.deltas),
+            "layers": list(self.deltas),
         }
 
 
@@ -266,9 +272,3 @@ def _advantages(right: Tensor, scheme: str) -> Tensor:
     rewards = right.float()
     spread = rewards.std(dim=1, keepdim=True, unbiased=False)
     return torch.where(spread > 0, (rewards - rewards.mean(dim=1, keepdim=True)) / spread.clamp_min(1e-6), 0.0)
-
-
-def _evenly(examples: Sequence[Example], limit: int) -> list[Example]:
-    """At most `limit` examples, taken evenly over the whole list."""
-    count = min(limit, len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]

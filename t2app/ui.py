@@ -4,11 +4,11 @@ Layout first, top to bottom as a person sees it, then the wiring. Which dispatch
 and nowhere else: moving a slider chooses `manual`, the button under the sliders gives the choice back.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 
 import gradio as gr
-import torch
 
 from t2app.decoding import Sampling
 from t2app.dispatch import DISPATCHERS, Dispatcher, ManualDispatch, PromptDispatch
@@ -136,8 +136,10 @@ def _answer(
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
         for event in engine.answer(prompt, dispatcher, sampling):
             yield page.event(event)
-    except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:
-        yield page.failed(str(error))
+    except Exception as error:  # whatever it was, the person who asked must see it
+        if not isinstance(error, ValueError):
+            logging.getLogger(__name__).exception("an answer failed")
+        yield page.failed(str(error) or type(error).__name__)
 
 
 class _AnswerView:

@@ -1,0 +1,95 @@
+"""The command line as a user calls it, in processes of its own, held against the contract of its JSON lines."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from statsmodels.stats.proportion import proportion_confint
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "t2app", *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def json_lines(*arguments: str) -> list[dict]:
+    result = run(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_answer_prints_the_events_of_the_contract():
+    prompt = "Compute 12 + 7. Reply with only the number."
+    first, *tokens, last = json_lines("answer", prompt, "--dispatch", "manual", "--weights", "math=1")
+    assert first["event"] == "dispatched" and first["weights"] == {"math": 1.0} and first["seconds"] >= 0
+    assert {token["event"] for token in tokens} == {"token"}
+    assert {token["stream"] for token in tokens} == {"base", "adapted"}
+    assert last["event"] == "finished" and last["adapted"] == "".join(
+        token["text"] for token in tokens if token["stream"] == "adapted"
+    )
+    assert "19" in last["adapted"]
+
+
+def test_answer_without_json_is_for_people():
+    result = run("answer", "Compute 2 + 2.", "--max-new-tokens", "8")
+    assert result.returncode == 0, result.stderr
+    assert "task: " in result.stdout and "base model: " in result.stdout
+
+
+def test_experts_lists_what_ships_with_its_measurements():
+    rows = json_lines("experts")
+    math = next(row for row in rows if row["name"] == "math")
+    assert math["label"] == "math" and math["parameters"] > 0
+    tests = {row["mixture"]: row for row in math["accuracies"] if row["split"] == "test"}
+    assert tests["math"]["n"] == tests["base"]["n"] >= 500
+
+
+def test_eval_prints_one_wilson_interval_a_mixture():
+    rows = json_lines("eval", "arithmetic", "--experts", "math", "--limit", "24")
+    assert [row["mixture"] for row in rows] == ["base", "math"]
+    for row in rows:
+        assert row["task"] == "arithmetic" and row["n"] == 24 and row["accuracy"] == row["correct"] / 24
+        assert (row["low"], row["high"]) == pytest.approx(proportion_confint(row["correct"], 24, method="wilson"))
+    assert rows[1]["correct"] > rows[0]["correct"]
+
+
+def test_eval_measures_a_dispatch_beside_the_base():
+    rows = json_lines("eval", "arithmetic", "--dispatch", "prompt", "--limit", "8")
+    assert [row["mixture"] for row in rows] == ["base", "prompt"]
+
+
+def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
+    arguments = ("train", "arithmetic", "--out", str(tmp_path), "--prompts", "2", "--samples", "2")
+    arguments += ("--validate-every", "1", "--validation-limit", "4", "--test-limit", "4")
+    rows = json_lines(*arguments, "--steps", "1")
+    assert [row["step"] for row in rows if "step" in row] == [0, 1]
+    assert [row["mixture"] for row in rows if "mixture" in row] == ["base", "math"]
+    assert {"math.safetensors", "math.md", "log.jsonl", "checkpoint.pt"} <= {path.name for path in tmp_path.iterdir()}
+    assert [row["step"] for row in json_lines(*arguments, "--steps", "2") if "step" in row] == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("answer", ""), "Type a prompt first."),
+        (("answer", "x", "--weights", "math=1"), "--weights belongs to --dispatch manual"),
+        (("answer", "x", "--dispatch", "manual"), "--dispatch manual needs --weights"),
+        (("answer", "x", "--dispatch", "manual", "--weights", "math"), "NAME=NUMBER was expected"),
+        (("answer", "x", "--dispatch", "manual", "--weights", "cooking=1"), "there is no expert 'cooking'"),
+        (("answer", "x", "--temperature", "-1"), "temperature is -1.0; 0 (greedy) or more was expected"),
+        (("answer", "x", "--max-new-tokens", "0"), "a whole number from 1 was expected"),
+        (("answer", "x", "--model", "no-such/model"), "the model 'no-such/model' cannot be loaded"),
+        (("eval", "cooking"), "invalid choice: 'cooking'"),
+        (("eval", "arithmetic", "--experts", "cooking"), "there is no expert 'cooking'"),
+        (("bench", "cooking"), "invalid choice: 'cooking'"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_a_sentence_and_nothing_on_standard_output(arguments, sentence):
+    result = run(*arguments, HF_HUB_OFFLINE="1")
+    assert result.returncode != 0
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,104 @@
+"""The two passes on the real model as the app runs it: dispatch, events, stopping, and prompts that are refused."""
+
+import gc
+
+import pytest
+
+from t2app.decoding import Sampling
+from t2app.dispatch import OTHER, ManualDispatch, PromptDispatch
+from t2app.engine import Dispatched, Engine, Finished, PromptError, Token, as_json
+from t2app.experts import ExpertError
+from t2app.models import load_model
+
+SHORT = Sampling(max_new_tokens=12)
+SUM = "Compute 12 + 7. Reply with only the number."
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(load_model())
+
+
+def answer(engine: Engine, weights: dict[str, float], prompt: str = SUM, sampling: Sampling = SHORT) -> list:
+    return list(engine.answer(prompt, ManualDispatch(engine.model, weights), sampling))
+
+
+def test_events_come_in_order_and_add_up(engine):
+    events = answer(engine, {"math": 1.0})
+    first, *tokens, last = events
+    assert isinstance(first, Dispatched) and isinstance(last, Finished)
+    assert all(isinstance(event, Token) for event in tokens)
+    for stream in ("base", "adapted"):
+        pieces = [event for event in tokens if event.stream == stream]
+        assert "".join(piece.text for piece in pieces) == getattr(last, stream)
+        assert [piece.tokens for piece in pieces] == sorted(piece.tokens for piece in pieces)
+    assert last.tokens_per_second == pytest.approx(last.tokens / last.seconds)
+
+
+def test_with_all_weights_at_zero_both_answers_are_the_base_models(engine):
+    last = answer(engine, {"math": 0.0}, sampling=Sampling(max_new_tokens=24, temperature=0.9, seed=3))[-1]
+    assert last.adapted == last.base
+
+
+def test_expert_changes_the_answer_and_leaves_the_base_alone(engine):
+    prompt = "What is 17 minus 9? Answer with just the number."
+    with_expert, without = answer(engine, {"math": 1.0}, prompt)[-1], answer(engine, {"math": 0.0}, prompt)[-1]
+    assert with_expert.base == without.base
+    assert with_expert.adapted != without.adapted
+
+
+def test_closing_the_stream_stops_the_compute_and_frees_the_engine(engine):
+    stream = engine.answer(SUM, ManualDispatch(engine.model, {"math": 1.0}), Sampling(max_new_tokens=500))
+    for _ in range(3):
+        next(stream)
+    passes = []
+    hook = engine.model.adapted.model.register_forward_hook(lambda *_: passes.append(1))
+    stream.close()
+    del stream
+    gc.collect()
+    assert passes == []
+    hook.remove()
+    assert isinstance(answer(engine, {})[-1], Finished)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t "])
+def test_empty_prompt_is_refused_with_a_sentence(engine, prompt):
+    with pytest.raises(PromptError, match="Type a prompt first"):
+        answer(engine, {}, prompt)
+
+
+def test_prompt_over_the_models_limit_is_refused_with_both_numbers(engine):
+    with pytest.raises(PromptError, match=r"tokens long; with 12 tokens for the answer, .* takes at most 8,180"):
+        answer(engine, {}, "word " * 9000)
+
+
+def test_weight_for_an_unknown_expert_is_refused(engine):
+    with pytest.raises(ExpertError, match="there is no expert 'cooking'; this model has: math"):
+        ManualDispatch(engine.model, {"cooking": 1.0})
+
+
+def test_json_of_an_event_holds_its_name_and_no_probabilities_that_are_not_there(engine):
+    first, *_, last = [as_json(event) for event in answer(engine, {"math": 0.5})]
+    assert first == {"event": "dispatched", "label": None, "weights": {"math": 0.5}, "seconds": first["seconds"]}
+    assert set(last) == {"event", "base", "adapted", "tokens", "seconds", "tokens_per_second"}
+
+
+def test_prompt_dispatch_gives_probabilities_over_all_labels_and_the_named_experts_weight(engine):
+    decision = PromptDispatch(engine.model).decide(SUM)
+    assert set(decision.probabilities) == {*(expert.label for expert in engine.model.experts), OTHER}
+    assert sum(decision.probabilities.values()) == pytest.approx(1)
+    assert decision.label == max(decision.probabilities, key=decision.probabilities.get)
+    assert decision.weights["math"] == float(decision.label == "math")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [
+        (SUM, "math"),
+        ("What is 17 minus 9? Answer with just the number.", "math"),
+        ("Write a short poem about the sea.", OTHER),
+        ("Tell me a joke about cats.", OTHER),
+    ],
+)
+def test_prompt_dispatch_tells_sums_from_small_talk(engine, prompt, label):
+    assert PromptDispatch(engine.model).decide(prompt).label == label

@@ -1,0 +1,192 @@
+"""The page as a person uses it: a real app, driven by a real browser, and the same path through gradio_client."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gradio_client import Client
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+SUM = "Compute 12 + 7. Reply with only the number."
+LONG = "Write a long story about a fox that learns to count."
+APP = Path(__file__).resolve().parent.parent / "app.py"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+# A CPU that also runs the browser is slow; nothing here waits this long unless something is wrong.
+PATIENCE_MS = 120_000
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The address of the app, in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, str(APP), "--port", str(port)])
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "the app ended before it served its page"
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM, (
+        "these tests need Chromium: install Debian's package chromium, or name one in the variable CHROMIUM"
+    )
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(url: str, browser: Browser) -> Iterator[Page]:
+    """The page, opened anew, with its model loaded."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 1000})
+    opened.set_default_timeout(PATIENCE_MS)
+    opened.goto(url)
+    expect(opened.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+    yield opened
+    opened.close()
+
+
+def ask(page: Page, prompt: str) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.locator("#answer").click()
+
+
+def text(page: Page, stream: str) -> str:
+    return page.locator(f"#{stream}").inner_text().strip()
+
+
+def wait_until_finished(page: Page) -> None:
+    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE_MS)
+    expect(page.locator("#answer")).to_be_enabled(timeout=PATIENCE_MS)
+
+
+def set_setting(page: Page, label: str, value: str) -> None:
+    field = page.get_by_role("spinbutton", name=label)
+    if not field.is_visible():
+        page.get_by_role("button", name="Settings").first.click()
+    field.fill(value)
+    field.press("Tab")
+
+
+def drawn_weights(page: Page) -> dict[str, float]:
+    """The bars as they stand in the page."""
+    bars = page.evaluate(
+        "(() => { const bar = document.querySelector('#bars .js-plotly-plot').data[0];"
+        " return JSON.stringify([Array.from(bar.y), Array.from(bar.x)]); })()"
+    )
+    return dict(zip(*json.loads(bars), strict=True))
+
+
+def test_prompt_is_dispatched_and_both_answers_grow_and_finish(page):
+    ask(page, SUM)
+    expect(page.locator("#status")).to_contain_text("Detected task: math")
+    lengths = {"adapted": [], "base": []}
+    while page.locator("#stop").is_enabled() or not text(page, "adapted"):
+        for stream, seen in lengths.items():
+            seen.append(len(text(page, stream)))
+    wait_until_finished(page)
+    for stream, seen in lengths.items():
+        assert seen == sorted(seen) and len(set(seen)) > 2, f"{stream} did not grow: {seen}"
+        expect(page.locator(f"#{stream}-statistics")).to_contain_text("tokens/s")
+    assert "19" in text(page, "adapted")
+    assert drawn_weights(page) == {"math": 1, "base model": 0}
+    assert page.locator("#weight-math input[type=number]").input_value() == "1"
+
+
+def test_moved_slider_decides_the_weights_until_they_are_given_back(page):
+    page.locator("#weight-math input[type=number]").fill("0.35")
+    page.locator("#weight-math input[type=number]").press("Tab")
+    ask(page, SUM)
+    expect(page.locator("#status")).to_contain_text("Weights set by hand")
+    wait_until_finished(page)
+    assert drawn_weights(page) == pytest.approx({"math": 0.35, "base model": 0.65})
+    page.locator("#give-back").click()
+    ask(page, SUM)
+    expect(page.locator("#status")).to_contain_text("Detected task")
+    wait_until_finished(page)
+    assert drawn_weights(page) == {"math": 1, "base model": 0}
+
+
+def test_stop_ends_the_answer_and_the_next_prompt_is_answered_at_once(page):
+    set_setting(page, "number input for Max new tokens", "1024")
+    ask(page, LONG)
+    expect(page.locator("#base-statistics")).to_contain_text("tokens/s")
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_contain_text("Stopped")
+    wait_until_finished(page)
+    page.wait_for_timeout(1500)
+    stopped = text(page, "base")
+    page.wait_for_timeout(2000)
+    assert text(page, "base") == stopped
+    started = time.monotonic()
+    ask(page, SUM)
+    expect(page.locator("#adapted-statistics")).to_contain_text("tokens/s")
+    wait_until_finished(page)
+    # 1024 tokens take this machine half a minute and more: the stopped answer is not being computed any longer.
+    assert time.monotonic() - started < 15
+
+
+def test_second_click_while_one_runs_does_nothing(page):
+    set_setting(page, "number input for Max new tokens", "64")
+    ask(page, LONG)
+    expect(page.locator("#stop")).to_be_enabled()
+    expect(page.locator("#answer")).to_be_disabled()
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    wait_until_finished(page)
+    assert "⚠️" not in page.locator("#status").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [("   ", "Type a prompt first."), ("x" * 20_001, "this page takes at most 20,000")],
+    ids=["empty", "too long"],
+)
+def test_prompt_that_cannot_be_answered_gets_a_sentence_and_is_kept(page, prompt, sentence):
+    ask(page, prompt)
+    expect(page.locator("#status")).to_contain_text(sentence)
+    wait_until_finished(page)
+    assert page.get_by_label("Prompt", exact=True).input_value() == prompt
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_phone_shows_the_whole_page_without_scrolling_sideways(url, browser, theme):
+    phone = browser.new_page(viewport={"width": 390, "height": 844})
+    phone.goto(f"{url}?__theme={theme}")
+    expect(phone.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+    ask(phone, SUM)
+    wait_until_finished(phone)
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    for element in ("#answer", "#stop", "#bars", "#adapted", "#base", "#weight-math"):
+        box = phone.locator(element).first.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390, element
+    phone.close()
+
+
+def test_same_path_answers_a_program(url):
+    client = Client(url, verbose=False)
+    job = client.submit(SUM, "manual", 12, 0, 1, 0, 1, api_name="/answer")
+    final = job.result(timeout=120)
+    assert len(job.outputs()) > 3
+    assert any("19" in str(value) for value in final)
