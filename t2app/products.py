@@ -60,7 +60,7 @@ def fast_edited(
         return edited(side, rows, vectors, delta, bias)
     few = side.shape[1] == 1 and len(side) <= FEW_ROWS and isinstance(rows, slice) and bias is None
     if few and vectors.shape[1] % _KERNEL_WIDTH == 0:
-        return torch.ops.t2app.few_rows_edited(side[:, 0], vectors, delta, rows.start, rows.stop - rows.start)[:, None]
+        return torch.ops.t2app.few_rows_edited(side, vectors, delta, rows.start, rows.stop - rows.start)
     before = side[rows].float() if bias is None else side[rows].float() - bias
     return _with_rows(side, rows, _edit(before, vectors.float(), delta))
 
