@@ -237,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         ("prompts", _count, "prompts a step"),
         ("samples", _count, "sampled answers to each prompt"),
         ("learning_rate", float, "of Adam"),
+        ("decay_steps", int, "steps at the end over which the learning rate falls to 0"),
         ("kl_weight", float, "weight of the KL divergence to the base model"),
         ("clip_norm", float, "largest norm of the gradient"),
         ("temperature", float, "of the samples"),

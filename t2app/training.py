@@ -40,6 +40,7 @@ class TrainingSettings:
         prompts, samples: prompts a step, and sampled answers to each.
         advantage: "group" (reward against the prompt's other samples) or "plain" (the paper's r ∈ {−1, +1}).
         kl_weight: λ of the paper's λ·KL(π_z ‖ π_base), per answer token.
+        decay_steps: steps at the end over which the learning rate falls to 0 in a straight line.
         clip_norm: the gradient's largest norm, over all z together.
         validate_every, validation_limit: steps between validations, and how many examples one takes.
     """
@@ -49,6 +50,7 @@ class TrainingSettings:
     samples: int = 8
     advantage: str = "group"
     learning_rate: float = 3e-3
+    decay_steps: int = 0
     kl_weight: float = 0.0
     clip_norm: float = 1.0
     temperature: float = 1.0
@@ -64,6 +66,8 @@ class TrainingSettings:
         for name in ("steps", "prompts", "samples", "validate_every", "validation_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 was expected")
+        if self.decay_steps < 0:
+            raise ValueError(f"decay_steps is {self.decay_steps}; 0 or more was expected")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; more than 0 was expected, for samples that differ")
 
@@ -168,6 +172,8 @@ class Trainer:
             (loss / right.numel()).backward()
         norm = nn.utils.clip_grad_norm_(self.deltas.values(), settings.clip_norm)
         if learning:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate()
             self.optimizer.step()
         return right.float().mean().item(), float(norm), sum(map(len, rows)) / len(rows)
 
@@ -183,6 +189,11 @@ class Trainer:
             # has the divergence itself as its mean, is not.
             loss = loss + self.settings.kl_weight * (0.5 * (base - logs).square() * mask).sum()
         return loss
+
+    def _learning_rate(self) -> float:
+        """The learning rate of this step: whole, or what the decay leaves of it, never 0."""
+        left = self.settings.steps - self.step + 1
+        return self.settings.learning_rate * min(1.0, left / (self.settings.decay_steps + 1))
 
     def _validate(self) -> float:
         deltas = {path: delta.detach() for path, delta in self.deltas.items()}
