@@ -2,8 +2,8 @@
 
 import argparse
 
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
 from t2app.loading import EngineLoader
-from t2app.models import DEFAULT_MODEL, PRECISIONS
 from t2app.ui import CSS, THEME, build_page
 
 
@@ -14,8 +14,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also serve the page under a public Gradio address")
     arguments = parser.parse_args()
-    page = build_page(EngineLoader(arguments.model, arguments.precision))
-    page.launch(server_port=arguments.port, share=arguments.share, theme=THEME, css=CSS)
+    loader = EngineLoader(arguments.model, arguments.precision)
+    page = build_page(loader)
+    page.launch(server_port=arguments.port, share=arguments.share, theme=THEME, css=CSS, prevent_thread_lock=True)
+    # Only now, so that the imports of torch do not compete with the page for the processor.
+    loader.start()
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -8,20 +8,26 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from gradio_client import Client
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from t2app.experts import mix
 from t2app.models import Model, load_model
-from t2app.spectral import Deltas
+from t2app.products import FastLinear
+from t2app.spectral import Deltas, block_linear_paths, linear_layer
 
 _CONTEXT_TOKENS = 64
 _STEPS = 60
 _STARTS = 3
+_PRODUCT_ROWS = (1, 2, 4, 8, 16, 90)
+_PRODUCTS = 200
 _START_LIMIT_SECONDS = 300
 _APP = Path(__file__).resolve().parent.parent / "app.py"
 
@@ -66,25 +72,74 @@ def bench_start(model_name: str, precision: str) -> Iterator[Figure]:
     """Starts of the app in a process of its own, with a warm cache: until its page is served, until it has answered."""
     served, answered, memory = [], [], []
     for _ in range(_STARTS):
-        port = _free_port()
-        url = f"http://127.0.0.1:{port}/"
-        command = [sys.executable, str(_APP), "--port", str(port), "--model", model_name, "--precision", precision]
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            served.append(_seconds_until_served(url, process, started))
-            Client(url, verbose=False).predict(prompt="Compute 12 + 7.", api_name="/answer")
+        with served_app("--model", model_name, "--precision", precision) as app:
+            served.append(time.perf_counter() - started)
+            Client(app.url, verbose=False).predict(prompt="Compute 12 + 7.", api_name="/answer")
             answered.append(time.perf_counter() - started)
-        finally:
-            process.terminate()
-            _, _, usage = os.wait4(process.pid, 0)
-        memory.append(usage.ru_maxrss / 1024)
+        memory.append(app.peak_memory / 2**20)
     yield _figure("start", "warm_seconds", served, "s")
     yield _figure("start", "answered_seconds", answered, "s")
     yield _figure("start", "peak_memory_mb", memory, "MiB")
 
 
-BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {"decode": bench_decode, "start": bench_start}
+def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
+    """A product with the model's widest layer, in each way that there is on this machine, for few rows and many.
+
+    `kernel` is ours (bf16, few rows), `bf16` and `fp32` are torch's. What is best here decides nothing by itself: the
+    choices are in `products.py` and `models.resolve_precision`, and this is what they were made on.
+    """
+    model = load_model(model_name, "bf16", layers=lambda path: False).adapted.model
+    layers = [linear_layer(model, path) for path in block_linear_paths(model)]
+    weight = max((layer.weight for layer in layers), key=torch.Tensor.numel).detach()
+    wide = weight.float()
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "bf16": lambda x: F.linear(x, weight),
+        "fp32": lambda x: F.linear(x.float(), wide),
+    }
+    if any(isinstance(layer, FastLinear) for layer in layers):
+        ways["kernel"] = lambda x: torch.ops.t2app.few_rows_linear(x, weight, None)
+    for rows in _PRODUCT_ROWS:
+        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        for name, multiply in ways.items():
+            multiply(x)
+            values = [1e3 * _seconds(partial(multiply, x)) for _ in range(_PRODUCTS)]
+            yield _figure("products", f"{name}_{rows}_rows", values, "ms")
+
+
+BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
+    "decode": bench_decode,
+    "start": bench_start,
+    "products": bench_products,
+}
+
+
+@dataclass
+class ServedApp:
+    """The app in a process of its own; `peak_memory` in bytes is known once it has ended."""
+
+    url: str
+    peak_memory: int = 0
+
+
+@contextmanager
+def served_app(*arguments: str) -> Iterator[ServedApp]:
+    """`app.py` with these arguments from the moment its page is served to the end of the block.
+
+    Raises:
+        RuntimeError: the app ends before it serves its page, or takes longer than _START_LIMIT_SECONDS.
+    """
+    port = _free_port()
+    app = ServedApp(f"http://127.0.0.1:{port}/")
+    process = subprocess.Popen([sys.executable, str(_APP), "--port", str(port), *arguments], stdout=subprocess.DEVNULL)
+    try:
+        _wait_until_served(app.url, process)
+        yield app
+    finally:
+        process.terminate()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        app.peak_memory = usage.ru_maxrss * 1024
 
 
 def _stepper(model: Model, mixtures: list[Deltas | None]) -> Callable[[], None]:
@@ -120,14 +175,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _seconds_until_served(url: str, process: subprocess.Popen, started: float) -> float:
-    """Seconds from `started` until `url` is served; raises RuntimeError where the process ends or takes too long."""
-    while time.perf_counter() - started < _START_LIMIT_SECONDS:
+def _wait_until_served(url: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + _START_LIMIT_SECONDS
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the app ended with exit code {process.returncode} before it served its page")
         try:
-            with urllib.request.urlopen(url, timeout=5):
-                return time.perf_counter() - started
+            urllib.request.urlopen(url, timeout=5).close()
+            return
         except OSError:
             time.sleep(0.05)
     raise RuntimeError(f"the app served no page within {_START_LIMIT_SECONDS} s")

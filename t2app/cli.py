@@ -14,12 +14,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.decoding import Sampling
-from t2app.dispatch import DISPATCHERS, Dispatcher, ManualDispatch, PromptDispatch
-from t2app.engine import Dispatched, Engine, Finished, Token, as_json
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
+from t2app.dispatch import make_dispatcher
+from t2app.engine import Engine
 from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import load_expert, mix, save_expert
-from t2app.models import DEFAULT_MODEL, PRECISIONS, Model, load_model
+from t2app.messages import DISPATCHERS, PROMPT, Dispatched, Finished, Sampling, Token, as_json
+from t2app.models import Model, load_model
 from t2app.spectral import Deltas, is_mlp_path
 from t2app.tasks import TASKS, Example, Task, task_named
 from t2app.training import ADVANTAGES, Trainer, TrainingSettings, with_test_accuracies
@@ -42,7 +43,7 @@ def answer(options: argparse.Namespace) -> None:
     """Print the two answers as they come, or the events as JSON lines."""
     engine = Engine(_load(options))
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    for event in engine.answer(options.prompt, _dispatcher(engine.model, options.dispatch, options.weights), sampling):
+    for event in engine.answer(options.prompt, engine.dispatcher(options.dispatch, options.weights), sampling):
         if options.json:
             _print_json(as_json(event))
         elif isinstance(event, Dispatched):
@@ -81,10 +82,11 @@ def train(options: argparse.Namespace) -> None:
     settings = TrainingSettings(**{field.name: getattr(options, field.name) for field in fields(TrainingSettings)})
     model = _load(options, many_rows=True, layers=LAYERS[options.layers])
     trainer = Trainer(model, task, settings, options.out, options.name or task.label)
-    with tqdm(total=settings.steps, initial=trainer.step, desc=f"training {trainer.name}", unit="step") as bar:
+    with tqdm(total=trainer.last_step, initial=trainer.step, desc=f"training {trainer.name}", unit="step") as bar:
         for step in trainer.run():
             bar.update(step.step - bar.n)
-            bar.set_postfix(reward=f"{step.reward:.2f}", validation=f"{trainer.best:.3f}")
+            reward = "warm start" if step.reward is None else f"{step.reward:.2f}"
+            bar.set_postfix(reward=reward, validation=f"{trainer.best:.3f}")
             if options.json:
                 _print_json(asdict(step))
     expert = load_expert(trainer.expert_file, model.identity)
@@ -112,7 +114,7 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
         for name, mixture in mixtures.items():
             _print_accuracy(_evaluate(model, task, examples, name, [mixture] * len(examples)), options.json)
         if options.dispatch is not None:
-            dispatcher = _dispatcher(model, options.dispatch, options.weights)
+            dispatcher = make_dispatcher(options.dispatch, model, options.weights)
             decided = [mix(model.experts, dispatcher.decide(example.prompt).weights) for example in examples]
             _print_accuracy(_evaluate(model, task, examples, dispatcher.name, decided), options.json)
 
@@ -135,16 +137,6 @@ def _evaluate(
 ) -> Accuracy:
     with tqdm(total=len(examples), desc=f"{task.name} · {name}", unit="example") as bar:
         return evaluate(model, task, examples, name, mixtures, bar.update)
-
-
-def _dispatcher(model: Model, name: str, weights: dict[str, float] | None) -> Dispatcher:
-    if weights is not None and name != ManualDispatch.name:
-        raise ValueError(f"--weights belongs to --dispatch manual, not to --dispatch {name}")
-    if name == PromptDispatch.name:
-        return PromptDispatch(model)
-    if weights is None:
-        raise ValueError("--dispatch manual needs --weights, for instance --weights math=0.7")
-    return ManualDispatch(model, weights)
 
 
 def _load(options: argparse.Namespace, **arguments) -> Model:
@@ -214,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("answer", parents=[common, dispatch], help="answer a prompt, adapted and base")
     command.add_argument("prompt", metavar="PROMPT")
-    command.add_argument("--dispatch", choices=DISPATCHERS, default=PromptDispatch.name, help="who decides the mixture")
+    command.add_argument("--dispatch", choices=DISPATCHERS, default=PROMPT, help="who decides the mixture")
     command.add_argument("--max-new-tokens", type=_count, default=Sampling.max_new_tokens, metavar="N")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T", help="0 is greedy")
     command.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P")
@@ -233,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     defaults = TrainingSettings()
     for name, kind, help_text in (
-        ("steps", _count, "updates"),
+        ("warm_start_steps", int, "supervised steps before those of reinforcement learning"),
+        ("warm_start_learning_rate", float, "of these"),
+        ("steps", _count, "steps of reinforcement learning"),
         ("prompts", _count, "prompts a step"),
         ("samples", _count, "sampled answers to each prompt"),
         ("learning_rate", float, "of Adam"),

@@ -6,7 +6,6 @@ text appears only where `TextStream` turns one row's tokens into pieces that can
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from t2app.messages import Sampling
 from t2app.spectral import Deltas, SpectralModel
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 is greedy; `seed` starts every row's own generator.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; at least 1 was expected")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or more was expected")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; more than 0 and at most 1 was expected")
 
 
 # As a decorator the mode is entered for each step only, and so never leaks into the code that reads the stream.
@@ -110,21 +88,13 @@ def decode(
         logits = output.logits[:, -1]
 
 
-def decode_all(
-    adapted: SpectralModel,
-    prompts: Sequence[Sequence[int]],
-    mixtures: Sequence[Deltas | None],
-    sampling: Sampling,
-    eos_ids: Sequence[int],
-    samples: int = 1,
-    seeds: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """`decode` to its end: the token ids of every row, the token that ended its turn included."""
-    rows: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
-    for step in decode(adapted, prompts, mixtures, sampling, eos_ids, samples, seeds):
+def collected(steps: Iterator[dict[int, int]]) -> list[list[int]]:
+    """`decode` run to its end: the token ids of every row, the token that ended its turn included."""
+    rows = {row: [token] for row, token in next(steps).items()}
+    for step in steps:
         for row, token in step.items():
             rows[row].append(token)
-    return rows
+    return list(rows.values())
 
 
 def answer_log_probabilities(

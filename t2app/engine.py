@@ -7,48 +7,14 @@ of them shows an event.
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 
-from t2app.decoding import Sampling, TextStream, decode
-from t2app.dispatch import Decision, Dispatcher, PromptDispatch
+from t2app.decoding import TextStream, decode
+from t2app.dispatch import Decision, Dispatcher, make_dispatcher
 from t2app.experts import mix
+from t2app.messages import Dispatched, Event, Finished, Sampling, Token
 from t2app.models import Model
 
 STREAMS = ("base", "adapted")
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """The first pass is done. `probabilities` is None where the dispatch has none."""
-
-    label: str | None
-    weights: Mapping[str, float]
-    probabilities: Mapping[str, float] | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Token:
-    """A piece of one stream's text; `tokens` so far in that stream, `seconds` since the second pass began."""
-
-    stream: str
-    text: str
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Both answers are complete. `tokens` counts both streams, `seconds` is the second pass."""
-
-    base: str
-    adapted: str
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-
-
-Event = Dispatched | Token | Finished
 
 
 class PromptError(ValueError):
@@ -60,9 +26,16 @@ class Engine:
 
     def __init__(self, model: Model):
         self.model = model
-        # Kept, because it measures its labels' prior once.
-        self.prompt_dispatch = PromptDispatch(model)
+        self._dispatchers: dict[str, Dispatcher] = {}
         self._turn = threading.Lock()
+
+    def dispatcher(self, name: str, weights: Mapping[str, float] | None = None) -> Dispatcher:
+        """See `make_dispatcher`; one that looks at the prompt is kept, since it measures its labels' prior once."""
+        if weights is not None:
+            return make_dispatcher(name, self.model, weights)
+        if name not in self._dispatchers:
+            self._dispatchers[name] = make_dispatcher(name, self.model)
+        return self._dispatchers[name]
 
     def answer(self, prompt: str, dispatcher: Dispatcher, sampling: Sampling) -> Iterator[Event]:
         """Decide a mixture for `prompt`, then stream the base model's and the adapted answer side by side.
@@ -106,9 +79,3 @@ class Engine:
                 yield Token(STREAMS[row], text, counts[row], seconds)
         base, adapted = (stream.text for stream in streams)
         yield Finished(base, adapted, sum(counts), seconds, sum(counts) / seconds)
-
-
-def as_json(event: Event) -> dict:
-    """The event as the command line prints it, with its name under "event"."""
-    fields = {key: value for key, value in asdict(event).items() if value is not None or key == "label"}
-    return {"event": type(event).__name__.lower(), **fields}

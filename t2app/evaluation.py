@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from statsmodels.stats.proportion import proportion_confint
 
-from t2app.decoding import Sampling, decode_all
+from t2app.decoding import collected, decode
+from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
@@ -47,10 +48,10 @@ def greedy_answers(
     answers = [""] * len(examples)
     for start in range(0, len(order), _BATCH_ROWS):
         batch = order[start : start + _BATCH_ROWS]
-        rows = decode_all(
+        steps = decode(
             model.adapted, [prompts[i] for i in batch], [mixtures[i] for i in batch], sampling, model.eos_ids
         )
-        for i, row in zip(batch, rows, strict=True):
+        for i, row in zip(batch, collected(steps), strict=True):
             answers[i] = model.tokenizer.decode(row, skip_special_tokens=True)
         progress(len(batch))
     return answers

@@ -168,16 +168,6 @@ def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
     return Expert(path.stem, metadata["label"], metadata["description"], weights, z, training, accuracies)
 
 
-def load_pool(folder: Path, weights: WeightsIdentity) -> list[Expert]:
-    """All experts of a folder, by name; an empty list where there is no such folder."""
-    return [load_expert(path, weights) for path in expert_files(folder)]
-
-
-def expert_files(folder: Path) -> list[Path]:
-    """The expert files of a pool, by name."""
-    return sorted(folder.glob("*.safetensors"))
-
-
 def card(expert: Expert) -> str:
     """The expert's card: a few lines of Markdown made from what its file says."""
     lines = [

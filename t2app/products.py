@@ -1,9 +1,9 @@
-"""Linear layers and spectral edits: as torch computes them, and faster in bfloat16 on a CPU without 16-bit arithmetic.
+"""Linear layers and spectral edits: as torch computes them, and faster in bfloat16 on a CPU.
 
-On such a CPU torch multiplies bfloat16 matrices one row at a time. Measured on 2 AVX2 cores (torch 2.13), a 1536 × 576
-layer takes 0.09 ms for one row, 0.18 ms for two and 7 ms for ninety. Two ways around it, for the two halves of an
-answer: a few rows (decoding) go through kernels of our own that read each weight once for all of them, many rows (a
-prompt) through a float32 copy of the weight that lives for one product.
+Decoding multiplies one or two rows by every weight of the model. Kernels of our own do that in about half of torch's
+time, whatever the CPU; up to how many rows they are the faster ones depends on it. For many rows (a prompt) torch is
+right where the CPU has 16-bit arithmetic. Where it has none, torch multiplies bfloat16 one row at a time, and such a
+product goes through a float32 copy of the weight that lives for one product. `bench products` measures all of these.
 
 The kernels are compiled on first use and kept in the cache; without a compiler the model runs on torch's own products.
 """
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import cpp_extension
 
-FEW_ROWS = 8
 _KERNEL_WIDTH = 16
 _SOURCE = Path(__file__).with_name("few_rows.cpp")
 
@@ -31,8 +30,10 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= FEW_ROWS and weight.shape[1] % _KERNEL_WIDTH == 0:
+    if len(rows) <= few_rows() and weight.shape[1] % _KERNEL_WIDTH == 0:
         y = torch.ops.t2app.few_rows_linear(rows, weight, bias)
+    elif has_bfloat16_arithmetic():
+        y = F.linear(rows, weight, bias)
     else:
         y = F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
@@ -58,9 +59,11 @@ def fast_edited(
     """`edited` for bfloat16."""
     if torch.is_grad_enabled() and (side.requires_grad or delta.requires_grad):
         return edited(side, rows, vectors, delta, bias)
-    few = side.shape[1] == 1 and len(side) <= FEW_ROWS and isinstance(rows, slice) and bias is None
+    few = side.shape[1] == 1 and len(side) <= few_rows() and isinstance(rows, slice) and bias is None
     if few and vectors.shape[1] % _KERNEL_WIDTH == 0:
         return torch.ops.t2app.few_rows_edited(side, vectors, delta, rows.start, rows.stop - rows.start)
+    if has_bfloat16_arithmetic():
+        return edited(side, rows, vectors, delta, bias)
     before = side[rows].float() if bias is None else side[rows].float() - bias
     return _with_rows(side, rows, _edit(before, vectors.float(), delta))
 
@@ -91,13 +94,13 @@ class FastLinear(nn.Linear):
 
 
 def use_fast_products(model: nn.Module, kernel_folder: Path) -> None:
-    """Let the linear layers of a bfloat16 model on the CPU multiply by `fast_linear`, where this machine gains by it.
+    """Let the linear layers of a bfloat16 model on the CPU multiply by `fast_linear`, where the CPU can (AVX2).
 
     Args:
         kernel_folder: where the compiled kernel is kept.
     """
     weights = next(model.parameters())
-    if weights.device.type != "cpu" or weights.dtype != torch.bfloat16 or not _machine_gains():
+    if weights.device.type != "cpu" or weights.dtype != torch.bfloat16 or not torch.cpu._is_avx2_supported():
         return
     if not _load_kernel(kernel_folder):
         return
@@ -106,10 +109,16 @@ def use_fast_products(model: nn.Module, kernel_folder: Path) -> None:
             model.set_submodule(path, FastLinear(layer))
 
 
-def _machine_gains() -> bool:
-    """Whether the CPU has what the kernel needs (AVX2) and lacks what would make it pointless."""
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cpu._is_avx2_supported() and not has_bfloat16
+@cache
+def has_bfloat16_arithmetic() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; torch then does so well for many rows."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def few_rows() -> int:
+    """Up to how many rows the kernels are faster than what else there is (`bench products`)."""
+    return 4 if has_bfloat16_arithmetic() else 8
 
 
 @cache

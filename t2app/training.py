@@ -7,6 +7,8 @@ What differs from the paper's recipe (section 3.1, and the authors' code), by de
 2. z starts at exactly 1, so that step 0 is the base model; the authors' sigmoid starts away from it.
 3. The gradient's norm is clipped to 1 and not to 0.001, which under Adam only matters for outliers.
 4. A prompt's tokens are computed once for all its samples, in the rollout and in the update.
+5. A few supervised steps come first: sampled at temperature 1 the embedded model is right so rarely that most groups
+   of its answers say nothing. `warm_start_steps=0` is RL alone.
 
 This file does not know where examples come from, and nothing of dispatch.
 """
@@ -21,11 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from t2app.decoding import Sampling, answer_log_probabilities, decode_all
+from t2app.decoding import answer_log_probabilities, collected, decode
 from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import Expert, Measurement, save_expert
+from t2app.messages import Sampling
 from t2app.models import Model
-from t2app.tasks import Task
+from t2app.tasks import Example, Task
 
 ADVANTAGES = ("group", "plain")
 # Bounds the memory of an update: logits are rows × answer tokens × vocabulary.
@@ -37,6 +40,8 @@ class TrainingSettings:
     """Settings of a training; the defaults train the shipped experts on two CPU cores.
 
     Attributes:
+        warm_start_steps: supervised steps on the examples' solutions, before the `steps` of REINFORCE.
+        warm_start_learning_rate: of these; it falls to 0 over their last third.
         prompts, samples: prompts a step, and sampled answers to each.
         advantage: "group" (reward against the prompt's other samples) or "plain" (the paper's r ∈ {−1, +1}).
         kl_weight: λ of the paper's λ·KL(π_z ‖ π_base), per answer token.
@@ -45,17 +50,19 @@ class TrainingSettings:
         validate_every, validation_limit: steps between validations, and how many examples one takes.
     """
 
-    steps: int = 150
-    prompts: int = 16
+    warm_start_steps: int = 60
+    warm_start_learning_rate: float = 6e-3
+    steps: int = 80
+    prompts: int = 32
     samples: int = 8
     advantage: str = "group"
-    learning_rate: float = 3e-3
-    decay_steps: int = 0
+    learning_rate: float = 2e-3
+    decay_steps: int = 60
     kl_weight: float = 0.0
     clip_norm: float = 1.0
     temperature: float = 1.0
-    validate_every: int = 15
-    validation_limit: int = 154
+    validate_every: int = 20
+    validation_limit: int = 231
     seed: int = 0
 
     def __post_init__(self):
@@ -66,18 +73,27 @@ class TrainingSettings:
         for name in ("steps", "prompts", "samples", "validate_every", "validation_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 was expected")
-        if self.decay_steps < 0:
-            raise ValueError(f"decay_steps is {self.decay_steps}; 0 or more was expected")
+        for name in ("warm_start_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more was expected")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; more than 0 was expected, for samples that differ")
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What one step did: mean reward as a share of right answers, and validation accuracy where it was measured."""
+    """What one step did; the steps of the warm start come first.
+
+    Attributes:
+        reward: share of right answers among the samples, None in the warm start.
+        imitation_loss: nats per token of the solutions, None after the warm start.
+        answer_tokens: mean length of the answers, sampled or imitated.
+        validation: accuracy, where it was measured.
+    """
 
     step: int
-    reward: float
+    reward: float | None
+    imitation_loss: float | None
     gradient_norm: float
     answer_tokens: float
     seconds: float
@@ -114,6 +130,10 @@ class Trainer:
         self._resume()
 
     @property
+    def last_step(self) -> int:
+        return self.settings.warm_start_steps + self.settings.steps
+
+    @property
     def expert_file(self) -> Path:
         return self.out / f"{self.name}.safetensors"
 
@@ -122,13 +142,14 @@ class Trainer:
         if self.step == 0:
             self.base_validation = self.best = self._validate()
             self._save_best()
-            yield self._log(TrainingStep(0, self.best, 0.0, 0.0, 0.0, self.best))
-        while self.step < self.settings.steps:
+            yield self._log(TrainingStep(0, None, None, 0.0, 0.0, 0.0, self.best))
+        settings = self.settings
+        while self.step < self.last_step:
             started = time.perf_counter()
             self.step += 1
-            reward, gradient_norm, answer_tokens = self._train_step()
+            step = self._imitation_step() if self.step <= settings.warm_start_steps else self._reinforcement_step()
             accuracy = None
-            if self.step % self.settings.validate_every == 0 or self.step == self.settings.steps:
+            if self.step % settings.validate_every == 0 or self.step == self.last_step:
                 accuracy = self._validate()
             seconds = time.perf_counter() - started
             self.seconds += seconds
@@ -137,16 +158,39 @@ class Trainer:
                     self.best = accuracy
                     self._save_best()
                 self._save_checkpoint()
-            yield self._log(TrainingStep(self.step, reward, gradient_norm, answer_tokens, seconds, accuracy))
+            yield self._log(replace(step, seconds=seconds, validation=accuracy))
 
-    def _train_step(self) -> tuple[float, float, float]:
-        """One batch of rollouts and one update; returns mean reward, gradient norm and mean answer length."""
+    def _imitation_step(self) -> TrainingStep:
+        """One batch of solutions and one update towards them."""
         settings = self.settings
         draw = random.Random(f"{settings.seed}-{self.step}")
-        examples = draw.sample(self.examples["train"], min(settings.prompts, len(self.examples["train"])))
+        examples = self._draw(draw)
+        prompts = [self.model.prompt_ids(example.prompt) for example in examples]
+        tokenizer, end = self.model.tokenizer, self.model.eos_ids[0]
+        solutions = [[*tokenizer(example.solution, add_special_tokens=False)["input_ids"], end] for example in examples]
+        tokens = sum(map(len, solutions))
+        loss = 0.0
+        self.optimizer.zero_grad()
+        for start in range(0, len(prompts), _UPDATE_ROWS):
+            part = slice(start, start + _UPDATE_ROWS)
+            logs, mask = answer_log_probabilities(
+                self.model.adapted, prompts[part], [[solution] for solution in solutions[part]], self.deltas
+            )
+            part_loss = -(logs * mask).sum() / tokens
+            part_loss.backward()
+            loss += part_loss.item()
+        left = settings.warm_start_steps - self.step + 1
+        rate = settings.warm_start_learning_rate * min(1.0, left / (settings.warm_start_steps // 3 + 1))
+        return TrainingStep(self.step, None, loss, self._update(rate), tokens / len(prompts), 0.0)
+
+    def _reinforcement_step(self) -> TrainingStep:
+        """One batch of rollouts and one update."""
+        settings = self.settings
+        draw = random.Random(f"{settings.seed}-{self.step}")
+        examples = self._draw(draw)
         prompts = [self.model.prompt_ids(example.prompt) for example in examples]
         deltas = {path: delta.detach() for path, delta in self.deltas.items()}
-        rows = decode_all(
+        rollout = decode(
             self.model.adapted,
             prompts,
             [deltas] * len(prompts),
@@ -155,6 +199,7 @@ class Trainer:
             settings.samples,
             [draw.getrandbits(48) for _ in prompts],
         )
+        rows = collected(rollout)
         answers = [self.model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         right = torch.tensor(
             [self.task.is_right(examples[i // settings.samples], answer) for i, answer in enumerate(answers)]
@@ -170,12 +215,22 @@ class Trainer:
             part = learning[start : start + step]
             loss = self._loss([prompts[i] for i in part], [groups[i] for i in part], advantages[list(part)])
             (loss / right.numel()).backward()
-        norm = nn.utils.clip_grad_norm_(self.deltas.values(), settings.clip_norm)
-        if learning:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate()
-            self.optimizer.step()
-        return right.float().mean().item(), float(norm), sum(map(len, rows)) / len(rows)
+        left = self.last_step - self.step + 1
+        rate = settings.learning_rate * min(1.0, left / (settings.decay_steps + 1))
+        norm = self._update(rate) if learning else 0.0
+        reward = right.float().mean().item()
+        return TrainingStep(self.step, reward, None, norm, sum(map(len, rows)) / len(rows), 0.0)
+
+    def _draw(self, draw: random.Random) -> list[Example]:
+        return draw.sample(self.examples["train"], min(self.settings.prompts, len(self.examples["train"])))
+
+    def _update(self, learning_rate: float) -> float:
+        """Clip the gradient that has gathered and take one step along it; returns its norm before."""
+        norm = nn.utils.clip_grad_norm_(self.deltas.values(), self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return float(norm)
 
     def _loss(self, prompts: Sequence, groups: Sequence[Sequence[Sequence[int]]], advantages: Tensor) -> Tensor:
         """−Σ A·log π_z(answer) + λ·Σ KL over the answers of some prompts; advantages is (prompts, samples)."""
@@ -189,11 +244,6 @@ class Trainer:
             # has the divergence itself as its mean, is not.
             loss = loss + self.settings.kl_weight * (0.5 * (base - logs).square() * mask).sum()
         return loss
-
-    def _learning_rate(self) -> float:
-        """The learning rate of this step: whole, or what the decay leaves of it, never 0."""
-        left = self.settings.steps - self.step + 1
-        return self.settings.learning_rate * min(1.0, left / (self.settings.decay_steps + 1))
 
     def _validate(self) -> float:
         deltas = {path: delta.detach() for path, delta in self.deltas.items()}

@@ -1,4 +1,5 @@
-"""The page: Gradio Blocks over the engine's events. It knows events and figures, never tensors.
+"""The page: Gradio Blocks over the engine's events. It knows events and figures, never tensors, and imports
+nothing that loads torch: the page is there first, the model comes behind it.
 
 Layout first, top to bottom as a person sees it, then the wiring. Which dispatch decides is the choice in the settings,
 and nowhere else: moving a slider chooses `manual`, the button under the sliders gives the choice back.
@@ -7,15 +8,17 @@ and nowhere else: moving a slider chooses `manual`, the button under the sliders
 import logging
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from t2app.decoding import Sampling
-from t2app.dispatch import DISPATCHERS, Dispatcher, ManualDispatch, PromptDispatch
-from t2app.engine import Dispatched, Engine, Finished, Token
+from t2app.catalogue import CATALOGUE, expert_files
 from t2app.figures import mixture_bars
 from t2app.loading import EngineLoader
-from t2app.models import CATALOGUE, expert_names
+from t2app.messages import DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token
+
+if TYPE_CHECKING:
+    from t2app.engine import Engine
 
 TITLE = "Transformer²"
 EXAMPLES = (
@@ -25,7 +28,7 @@ EXAMPLES = (
     "Write a short poem about the sea.",
 )
 MAX_PROMPT_CHARACTERS = 20_000
-_DISPATCH_TITLES = {"prompt": "Prompt: the base model names the category", "manual": "By hand: the sliders decide"}
+_DISPATCH_TITLES = {PROMPT: "Prompt: the base model names the category", MANUAL: "By hand: the sliders decide"}
 _LOAD_POLL_SECONDS = 0.3
 
 THEME = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -41,7 +44,7 @@ CSS = """
 
 def build_page(loader: EngineLoader) -> gr.Blocks:
     """The whole page, over an engine that may still be loading."""
-    experts = expert_names(loader.model_name)
+    experts = [file.stem for file in expert_files(loader.model_name)]
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(
             f"# {TITLE}\nA language model that adapts itself to your prompt while you watch: a first pass sees what "
@@ -72,7 +75,7 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         with gr.Accordion("Settings", open=False):
             dispatch = gr.Radio(
                 [(_DISPATCH_TITLES[name], name) for name in DISPATCHERS],
-                value=PromptDispatch.name,
+                value=PROMPT,
                 label="Dispatch",
                 info="Who decides the weights",
                 elem_id="dispatch",
@@ -100,8 +103,8 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         )
         stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
         for slider in sliders:
-            slider.input(lambda: ManualDispatch.name, outputs=dispatch, queue=False, api_visibility="private")
-        give_back.click(lambda: PromptDispatch.name, outputs=dispatch, queue=False, api_visibility="private")
+            slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
+        give_back.click(lambda: PROMPT, outputs=dispatch, queue=False, api_visibility="private")
         page.load(
             partial(_watch_loading, loader),
             outputs=[status, facts],
@@ -132,7 +135,8 @@ def _answer(
         yield page.running("Reading the prompt…")
         engine = loader.engine()
         names = [expert.name for expert in engine.model.experts]
-        dispatcher = _dispatcher(engine, dispatch, dict(zip(names, weights, strict=True)))
+        by_hand = dict(zip(names, weights, strict=True)) if dispatch == MANUAL else None
+        dispatcher = engine.dispatcher(dispatch, by_hand)
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
         for event in engine.answer(prompt, dispatcher, sampling):
             yield page.event(event)
@@ -178,10 +182,6 @@ def _describe(event: Dispatched) -> str:
     return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s"
 
 
-def _dispatcher(engine: Engine, name: str, weights: dict[str, float]) -> Dispatcher:
-    return ManualDispatch(engine.model, weights) if name == ManualDispatch.name else engine.prompt_dispatch
-
-
 def _buttons(running: bool) -> list:
     return [gr.update(interactive=not running), gr.update(interactive=running)]
 
@@ -201,7 +201,7 @@ def _watch_loading(loader: EngineLoader) -> Iterator[tuple[str, str]]:
         yield f"⚠️ The model could not be loaded: {error}", f"No model: {error}"
 
 
-def _facts(engine: Engine) -> str:
+def _facts(engine: "Engine") -> str:
     model = engine.model
     licence = f", {CATALOGUE[model.name].licence}" if model.name in CATALOGUE else ""
     lines = [f"**{model.name}** ({model.parameters / 1e6:.0f} M parameters{licence}), held in {model.precision}."]

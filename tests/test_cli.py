@@ -63,6 +63,7 @@ def test_eval_measures_a_dispatch_beside_the_base():
 
 def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
     arguments = ("train", "arithmetic", "--out", str(tmp_path), "--prompts", "2", "--samples", "2")
+    arguments += ("--warm-start-steps", "0", "--decay-steps", "0")
     arguments += ("--validate-every", "1", "--validation-limit", "4", "--test-limit", "4")
     rows = json_lines(*arguments, "--steps", "1")
     assert [row["step"] for row in rows if "step" in row] == [0, 1]
@@ -75,8 +76,8 @@ def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
     ("arguments", "sentence"),
     [
         (("answer", ""), "Type a prompt first."),
-        (("answer", "x", "--weights", "math=1"), "--weights belongs to --dispatch manual"),
-        (("answer", "x", "--dispatch", "manual"), "--dispatch manual needs --weights"),
+        (("answer", "x", "--weights", "math=1"), "weights belong to the manual dispatch"),
+        (("answer", "x", "--dispatch", "manual"), "the manual dispatch needs weights"),
         (("answer", "x", "--dispatch", "manual", "--weights", "math"), "NAME=NUMBER was expected"),
         (("answer", "x", "--dispatch", "manual", "--weights", "cooking=1"), "there is no expert 'cooking'"),
         (("answer", "x", "--temperature", "-1"), "temperature is -1.0; 0 (greedy) or more was expected"),

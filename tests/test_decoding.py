@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2app.decoding import Sampling, TextStream, answer_log_probabilities, decode, decode_all
+from t2app.decoding import TextStream, answer_log_probabilities, collected, decode
+from t2app.messages import Sampling
+from t2app.models import Model
 from t2app.spectral import Deltas
 
 QUESTIONS = (
@@ -34,7 +36,11 @@ def mixtures(real) -> list[Deltas]:
 @pytest.fixture(scope="module")
 def greedy_alone(real, prompts) -> list[list[int]]:
     """The base model's greedy answer to each prompt, decoded by itself."""
-    return [decode_all(real.adapted, [prompt], [None], GREEDY, real.eos_ids)[0] for prompt in prompts]
+    return [answers(real, [prompt], [None], GREEDY)[0] for prompt in prompts]
+
+
+def answers(model: Model, prompts, mixtures, sampling: Sampling, **arguments) -> list[list[int]]:
+    return collected(decode(model.adapted, prompts, mixtures, sampling, model.eos_ids, **arguments))
 
 
 def generate(plain, prompt: list[int], **arguments) -> list[int]:
@@ -50,7 +56,7 @@ def test_sampled_base_row_is_what_generate_gives_from_the_same_seed(real, plain,
     prompt = prompts[2]
     torch.manual_seed(11)
     expected = generate(plain, prompt, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9, top_k=0)
-    rows = decode_all(real.adapted, [prompt, prompt], [None, mixtures[0]], SAMPLED, real.eos_ids)
+    rows = answers(real, [prompt, prompt], [None, mixtures[0]], SAMPLED)
     assert rows[0] == expected
     assert rows[1] != expected
 
@@ -66,41 +72,44 @@ def test_rows_stop_on_their_own_at_their_end_of_turn(real, prompts):
 
 
 def test_no_more_tokens_come_than_were_asked_for(real, prompts):
-    rows = decode_all(real.adapted, prompts[1:], [None, None], Sampling(max_new_tokens=3), real.eos_ids)
+    rows = answers(real, prompts[1:], [None, None], Sampling(max_new_tokens=3))
     assert [len(row) for row in rows] == [3, 3]
 
 
 def test_prompts_of_different_lengths_give_what_they_give_alone(real, prompts, greedy_alone):
     assert len({len(prompt) for prompt in prompts}) == len(prompts)
-    assert decode_all(real.adapted, prompts, [None] * 3, GREEDY, real.eos_ids) == greedy_alone
+    assert answers(real, prompts, [None] * 3, GREEDY) == greedy_alone
 
 
 def test_rows_of_different_mixtures_give_what_they_give_alone(real, prompts, mixtures, greedy_alone):
     sampling = Sampling(max_new_tokens=16)
-    together = decode_all(real.adapted, [prompts[1]] * 3, [mixtures[0], None, mixtures[1]], sampling, real.eos_ids)
+    together = answers(real, [prompts[1]] * 3, [mixtures[0], None, mixtures[1]], sampling)
     assert together[1] == greedy_alone[1][:16]
     for row, mixture in ((0, mixtures[0]), (2, mixtures[1])):
-        assert together[row] == decode_all(real.adapted, [prompts[1]], [mixture], sampling, real.eos_ids)[0]
+        assert together[row] == answers(real, [prompts[1]], [mixture], sampling)[0]
     assert len(set(map(tuple, together))) == 3
 
 
 def test_sample_s_of_a_prompt_is_what_its_seed_plus_s_gives_alone(real, prompts, mixtures):
     sampling = Sampling(max_new_tokens=10, temperature=1.0)
-    rows = decode_all(
-        real.adapted, prompts[:2], [None, mixtures[0]], sampling, real.eos_ids, samples=3, seeds=[100, 200]
-    )
+    rows = answers(real, prompts[:2], [None, mixtures[0]], sampling, samples=3, seeds=[100, 200])
     assert len(rows) == 6
     for row, prompt, mixture, seed in ((2, 0, None, 102), (4, 1, mixtures[0], 201)):
-        assert (
-            rows[row] == decode_all(real.adapted, [prompts[prompt]], [mixture], sampling, real.eos_ids, seeds=[seed])[0]
-        )
+        assert rows[row] == answers(real, [prompts[prompt]], [mixture], sampling, seeds=[seed])[0]
     assert len(set(map(tuple, rows[3:]))) == 3
 
 
 def test_equal_seeds_and_mixtures_give_equal_rows_and_other_seeds_others(real, prompts, mixtures):
     sampling = Sampling(max_new_tokens=10, temperature=1.0)
-    rows = decode_all(real.adapted, [prompts[1]] * 3, [mixtures[0]] * 3, sampling, real.eos_ids, seeds=[5, 5, 6])
+    rows = answers(real, [prompts[1]] * 3, [mixtures[0]] * 3, sampling, seeds=[5, 5, 6])
     assert rows[0] == rows[1] != rows[2]
+
+
+def test_no_product_copies_the_weights_for_every_row(real, prompts):
+    with torch.profiler.profile(profile_memory=True) as profile:
+        answers(real, prompts, [None] * 3, Sampling(max_new_tokens=2))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < real.adapted.model.lm_head.weight.nbytes
 
 
 def test_between_steps_and_after_closing_the_model_is_the_plain_one(real, plain, prompts, mixtures):
@@ -166,7 +175,7 @@ def test_sampling_out_of_range_is_refused(settings, message):
 )
 def test_prompts_that_cannot_be_decoded_are_refused(real, prompts, mixtures, message):
     with pytest.raises(ValueError, match=message):
-        decode_all(real.adapted, prompts, mixtures, GREEDY, real.eos_ids)
+        answers(real, prompts, mixtures, GREEDY)
 
 
 @pytest.mark.parametrize(

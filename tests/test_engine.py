@@ -4,10 +4,10 @@ import gc
 
 import pytest
 
-from t2app.decoding import Sampling
-from t2app.dispatch import OTHER, ManualDispatch, PromptDispatch
-from t2app.engine import Dispatched, Engine, Finished, PromptError, Token, as_json
+from t2app.dispatch import OTHER, make_dispatcher
+from t2app.engine import Engine, PromptError
 from t2app.experts import ExpertError
+from t2app.messages import DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import load_model
 
 SHORT = Sampling(max_new_tokens=12)
@@ -20,7 +20,7 @@ def engine() -> Engine:
 
 
 def answer(engine: Engine, weights: dict[str, float], prompt: str = SUM, sampling: Sampling = SHORT) -> list:
-    return list(engine.answer(prompt, ManualDispatch(engine.model, weights), sampling))
+    return list(engine.answer(prompt, engine.dispatcher(MANUAL, weights), sampling))
 
 
 def test_events_come_in_order_and_add_up(engine):
@@ -48,7 +48,7 @@ def test_expert_changes_the_answer_and_leaves_the_base_alone(engine):
 
 
 def test_closing_the_stream_stops_the_compute_and_frees_the_engine(engine):
-    stream = engine.answer(SUM, ManualDispatch(engine.model, {"math": 1.0}), Sampling(max_new_tokens=500))
+    stream = engine.answer(SUM, engine.dispatcher(MANUAL, {"math": 1.0}), Sampling(max_new_tokens=500))
     for _ in range(3):
         next(stream)
     passes = []
@@ -74,7 +74,25 @@ def test_prompt_over_the_models_limit_is_refused_with_both_numbers(engine):
 
 def test_weight_for_an_unknown_expert_is_refused(engine):
     with pytest.raises(ExpertError, match="there is no expert 'cooking'; this model has: math"):
-        ManualDispatch(engine.model, {"cooking": 1.0})
+        engine.dispatcher(MANUAL, {"cooking": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "sentence"),
+    [
+        ("psychic", None, "there is no dispatch 'psychic'; choose one of prompt, manual"),
+        (MANUAL, None, "needs weights, for instance math=0.7"),
+        (PROMPT, {"math": 1.0}, "the prompt dispatch decides them itself"),
+    ],
+)
+def test_dispatch_that_cannot_be_made_is_refused_with_a_sentence(engine, name, weights, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        engine.dispatcher(name, weights)
+
+
+def test_every_dispatch_of_the_menu_can_be_had_by_its_name(engine):
+    for name in DISPATCHERS:
+        assert make_dispatcher(name, engine.model, {} if name == MANUAL else None).name == name
 
 
 def test_json_of_an_event_holds_its_name_and_no_probabilities_that_are_not_there(engine):
@@ -84,7 +102,7 @@ def test_json_of_an_event_holds_its_name_and_no_probabilities_that_are_not_there
 
 
 def test_prompt_dispatch_gives_probabilities_over_all_labels_and_the_named_experts_weight(engine):
-    decision = PromptDispatch(engine.model).decide(SUM)
+    decision = engine.dispatcher(PROMPT).decide(SUM)
     assert set(decision.probabilities) == {*(expert.label for expert in engine.model.experts), OTHER}
     assert sum(decision.probabilities.values()) == pytest.approx(1)
     assert decision.label == max(decision.probabilities, key=decision.probabilities.get)
@@ -101,4 +119,4 @@ def test_prompt_dispatch_gives_probabilities_over_all_labels_and_the_named_exper
     ],
 )
 def test_prompt_dispatch_tells_sums_from_small_talk(engine, prompt, label):
-    assert PromptDispatch(engine.model).decide(prompt).label == label
+    assert engine.dispatcher(PROMPT).decide(prompt).label == label

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from t2app.decoding import Sampling, decode_all
+from t2app.decoding import collected, decode
 from t2app.evaluation import Accuracy, evaluate, greedy_answers
+from t2app.messages import Sampling
 from t2app.tasks import TASKS, Example
 
 
@@ -21,7 +22,7 @@ class Exact:
 
 
 # More than one batch, of prompts whose lengths go up and down, so that they are not answered in this order.
-EXAMPLES = [Example("word " * (1 + number * 7 % 13) + str(number), "") for number in range(80)]
+EXAMPLES = [Example("word " * (1 + number * 7 % 13) + str(number), "", "") for number in range(80)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def alone(tiny, mixtures) -> list[str]:
     """The greedy answer to each example under its mixture, decoded by itself."""
     sampling = Sampling(max_new_tokens=Exact.max_new_tokens)
     rows = [
-        decode_all(tiny.adapted, [tiny.prompt_ids(example.prompt)], [mixture], sampling, tiny.eos_ids)[0]
+        collected(decode(tiny.adapted, [tiny.prompt_ids(example.prompt)], [mixture], sampling, tiny.eos_ids))[0]
         for example, mixture in zip(EXAMPLES, mixtures, strict=True)
     ]
     return [tiny.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -69,7 +70,7 @@ def test_answers_come_in_the_order_of_the_examples_each_under_its_own_mixture(ti
 
 def test_accuracy_counts_the_examples_answered_rightly(tiny, mixtures, alone):
     examples = [
-        Example(example.prompt, answer if number < 30 else answer + "!")
+        Example(example.prompt, answer if number < 30 else answer + "!", "")
         for number, (example, answer) in enumerate(zip(EXAMPLES, alone, strict=True))
     ]
     assert evaluate(tiny, Exact(), examples, "mixed", mixtures) == Accuracy("exact", "mixed", 30, 80)

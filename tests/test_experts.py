@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from t2app.catalogue import expert_files
 from t2app.experts import (
     FORMAT_VERSION,
     Expert,
@@ -16,7 +17,6 @@ from t2app.experts import (
     WeightsIdentity,
     card,
     load_expert,
-    load_pool,
     mix,
     save_expert,
 )
@@ -73,11 +73,11 @@ def test_expert_that_is_trained_is_written_as_float32_without_its_gradient(tmp_p
     assert all(torch.equal(read.z[path], z) and not read.z[path].requires_grad for path, z in MATH.z.items())
 
 
-def test_pool_is_all_experts_of_a_folder_by_name_and_empty_without_the_folder(tmp_path):
+def test_pool_is_all_experts_of_a_models_folder_by_name_and_empty_without_the_folder(tmp_path):
     for expert in (MATH, CODE):
-        save_expert(expert, tmp_path / f"{expert.name}.safetensors")
-    assert [expert.name for expert in load_pool(tmp_path, WEIGHTS)] == ["code", "math"]
-    assert load_pool(tmp_path / "none", WEIGHTS) == []
+        save_expert(expert, tmp_path / "owner--name" / f"{expert.name}.safetensors")
+    assert [file.stem for file in expert_files("owner/name", tmp_path)] == ["code", "math"]
+    assert expert_files("owner/other", tmp_path) == []
 
 
 def test_card_says_what_the_file_says(tmp_path):

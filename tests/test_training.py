@@ -26,7 +26,10 @@ class EvenLength:
     max_new_tokens = 6
 
     def examples(self, split: str) -> list[Example]:
-        return [Example(f"{split} " * (1 + number % 3) + str(number), "") for number in range(8)]
+        return [
+            Example(f"{split} " * (1 + number % 3) + str(number), "", f"{number} and a few words more")
+            for number in range(8)
+        ]
 
     def is_right(self, example: Example, answer: str) -> bool:
         return len(answer) % 2 == 0
@@ -48,13 +51,17 @@ class BeginsWithThe(EvenLength):
     max_new_tokens = 1
 
     def examples(self, split: str) -> list[Example]:
-        return [Example(f"Tell me about {thing}.", "The") for thing in ("dogs", "Paris", "bread", "winter", "music")]
+        return [
+            Example(f"Tell me about {thing}.", "The", "The") for thing in ("dogs", "Paris", "bread", "winter", "music")
+        ]
 
     def is_right(self, example: Example, answer: str) -> bool:
         return answer == example.answer
 
 
-SETTINGS = TrainingSettings(steps=4, prompts=3, samples=4, learning_rate=0.05, validate_every=2)
+SETTINGS = TrainingSettings(
+    warm_start_steps=0, steps=4, prompts=3, samples=4, learning_rate=0.05, decay_steps=0, validate_every=2
+)
 
 
 def values(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -102,9 +109,7 @@ def test_a_step_changes_every_z_and_nothing_else(tiny, tmp_path):
 
 
 def test_training_teaches_the_real_model_what_is_rewarded(real, tmp_path):
-    settings = TrainingSettings(
-        steps=4, prompts=3, samples=16, learning_rate=5e-3, validate_every=9, validation_limit=1
-    )
+    settings = replace(SETTINGS, samples=16, learning_rate=5e-3, validate_every=9, validation_limit=1)
     trainer = Trainer(real, BeginsWithThe(), settings, tmp_path, "the")
     rewards = [step.reward for step in trainer.run()][1:]
     assert rewards[0] < 0.3 and rewards[-1] > 0.8
@@ -113,6 +118,62 @@ def test_training_teaches_the_real_model_what_is_rewarded(real, tmp_path):
     with torch.no_grad(), real.adapted.rows([None, values(trainer)]):
         base, trained = real.adapted.model(unseen).logits[:, -1].softmax(-1)[:, the]
     assert base < 0.3 and trained > 0.8
+
+
+def test_warm_start_imitates_the_solutions_before_anything_is_sampled(tiny, tmp_path):
+    settings = replace(SETTINGS, warm_start_steps=6, steps=1, prompts=8, warm_start_learning_rate=0.05)
+    trainer = Trainer(tiny, EvenLength(), settings, tmp_path, "even")
+    base, *warm, sampled = trainer.run()
+    assert (base.reward, base.imitation_loss) == (None, None)
+    losses = [step.imitation_loss for step in warm]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    assert all(step.reward is None for step in warm)
+    assert sampled.reward is not None and sampled.imitation_loss is None
+    assert [step.step for step in (base, *warm, sampled)] == logged_steps(tmp_path) == list(range(8))
+
+
+def test_imitation_loss_is_the_models_cross_entropy_of_the_solutions_and_their_end(tiny, tmp_path):
+    settings = replace(SETTINGS, warm_start_steps=1, prompts=8)
+    first = list(islice(Trainer(tiny, EvenLength(), settings, tmp_path, "even").run(), 2))[1]
+    nats, tokens = 0.0, 0
+    for example in EvenLength().examples("train"):
+        prompt = tiny.prompt_ids(example.prompt)
+        solution = [*tiny.tokenizer(example.solution)["input_ids"], tiny.eos_ids[0]]
+        with torch.no_grad():
+            logs = tiny.adapted.model(torch.tensor([prompt + solution])).logits[0].log_softmax(-1)
+        nats -= sum(logs[len(prompt) + i - 1, token].item() for i, token in enumerate(solution))
+        tokens += len(solution)
+    assert first.imitation_loss == pytest.approx(nats / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("cut", [1, 3], ids=["in the warm start", "after it"])
+def test_training_with_a_warm_start_that_was_cut_off_ends_as_if_it_had_not_been(tiny, tmp_path, cut):
+    settings = replace(SETTINGS, warm_start_steps=2, steps=2, decay_steps=1, validate_every=1)
+    whole = Trainer(tiny, EvenLength(), settings, tmp_path / "whole", "even")
+    list(whole.run())
+    list(islice(Trainer(tiny, EvenLength(), settings, tmp_path / "cut", "even").run(), cut + 1))
+    resumed = Trainer(tiny, EvenLength(), settings, tmp_path / "cut", "even")
+    assert resumed.step == cut
+    list(resumed.run())
+    assert_same(values(resumed), values(whole))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"steps": 3, "decay_steps": 0}, [0.05, 0.05, 0.05]),
+        ({"steps": 3, "decay_steps": 2}, [0.05, 0.05 * 2 / 3, 0.05 / 3]),
+        ({"warm_start_steps": 3, "steps": 1}, [6e-3, 6e-3, 3e-3, 0.05]),
+    ],
+    ids=["constant", "falling", "after a warm start"],
+)
+def test_learning_rate_of_every_step(tiny, tmp_path, settings, rates):
+    trainer = Trainer(tiny, EvenLength(), replace(SETTINGS, prompts=8, **settings), tmp_path, "even")
+    used = []
+    for step in trainer.run():
+        if step.step:
+            used.append(trainer.optimizer.param_groups[0]["lr"])
+    assert used == pytest.approx(rates)
 
 
 def test_answers_without_a_difference_in_reward_teach_nothing_by_group_but_do_plainly(tiny, tmp_path):
@@ -253,6 +314,8 @@ def test_folder_of_a_training_of_other_layers_is_refused(tiny_folder, tmp_path, 
         ({"samples": 1}, "a group advantage needs at least 2 samples"),
         ({"samples": 0, "advantage": "plain"}, "samples is 0; at least 1"),
         ({"steps": 0}, "steps is 0; at least 1"),
+        ({"warm_start_steps": -1}, "warm_start_steps is -1; 0 or more"),
+        ({"decay_steps": -1}, "decay_steps is -1; 0 or more"),
         ({"prompts": 0}, "prompts is 0; at least 1"),
         ({"validate_every": 0}, "validate_every is 0; at least 1"),
         ({"validation_limit": 0}, "validation_limit is 0; at least 1"),

@@ -1,9 +1,29 @@
 """The ways to decide a mixture, by the name that the command line and the page use."""
 
+from collections.abc import Mapping
+
 from t2app.dispatch.dispatcher import OTHER, Decision, Dispatcher
 from t2app.dispatch.manual import ManualDispatch
 from t2app.dispatch.prompt import PromptDispatch
+from t2app.messages import DISPATCHERS, MANUAL
+from t2app.models import Model
 
-DISPATCHERS = (PromptDispatch.name, ManualDispatch.name)
+__all__ = ["OTHER", "Decision", "Dispatcher", "ManualDispatch", "PromptDispatch", "make_dispatcher"]
 
-__all__ = ["DISPATCHERS", "OTHER", "Decision", "Dispatcher", "ManualDispatch", "PromptDispatch"]
+
+def make_dispatcher(name: str, model: Model, weights: Mapping[str, float] | None = None) -> Dispatcher:
+    """The dispatcher called `name`, one of `messages.DISPATCHERS`, for a model.
+
+    Raises:
+        ValueError: there is no such dispatcher, or weights are given to one that decides them itself, or are missing.
+        ExpertError: a weight is given for an expert that the model does not have.
+    """
+    if name not in DISPATCHERS:
+        raise ValueError(f"there is no dispatch '{name}'; choose one of {', '.join(DISPATCHERS)}")
+    if name == MANUAL:
+        if weights is None:
+            raise ValueError("the manual dispatch needs weights, for instance math=0.7")
+        return ManualDispatch(model, weights)
+    if weights is not None:
+        raise ValueError(f"weights belong to the manual dispatch; the {name} dispatch decides them itself")
+    return PromptDispatch(model)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from t2app.dispatch.dispatcher import Decision
 from t2app.experts import ExpertError
+from t2app.messages import MANUAL
 from t2app.models import Model
 
 
@@ -14,7 +15,7 @@ class ManualDispatch:
         ExpertError: a weight is given for an expert that the model does not have.
     """
 
-    name = "manual"
+    name = MANUAL
 
     def __init__(self, model: Model, weights: Mapping[str, float]):
         names = [expert.name for expert in model.experts]

@@ -3,7 +3,7 @@
 The categories are the labels and one-line descriptions of the model's experts, and `other`, which is the base model.
 Whole labels are scored, not their first tokens, and what the model would say anyway is taken off: its scores for texts
 without content (contextual calibration, Zhao et al. 2021), asked once a model. The question is put as a text to go on
-with and not as a chat: asked in its chat template, the embedded model takes nearly everything for mathematics.
+with and not as a chat.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 
 from t2app.decoding import answer_log_probabilities
 from t2app.dispatch.dispatcher import OTHER, OTHER_DESCRIPTION, Decision
+from t2app.messages import PROMPT
 from t2app.models import Model
 
 _CONTENT_FREE = ("", "N/A", "...", "[text]")
@@ -21,7 +22,7 @@ _CONTENT_FREE = ("", "N/A", "...", "[text]")
 class PromptDispatch:
     """Gives the whole weight to the expert whose category is the most probable, or none for `other`."""
 
-    name = "prompt"
+    name = PROMPT
 
     def __init__(self, model: Model):
         self._model = model

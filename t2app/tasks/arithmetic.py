@@ -2,13 +2,14 @@
 
 No result is negative: the embedded model gets none of those right, and a task without a success has no signal to train
 on. That leaves 793 problems, each in one split only; a + b and b + a, a × b and b × a always share a split. Since the
-test takes two thirds of them, training adds problems with an operand just beyond that range, which no other split has:
-on the few in range alone, an expert learned the problems by heart (88 % of them right, 66 % of those held out).
+test takes two thirds of them, training adds problems with an operand just beyond that range, which no other split has,
+lest an expert learn the few that are left by heart.
 """
 
+import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from t2app.tasks.task import SPLITS, Example
 
@@ -38,14 +39,22 @@ _WORDINGS = {
         "What do you get when you multiply {a} by {b}? Just the number, please.",
     ),
 }
+_WORDING_COUNT = 6
 _LARGEST = {"+": 20, "-": 20, "*": 10}
 _LARGEST_IN_TRAINING = {"+": 30, "-": 30, "*": 12}
 _RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+_SIGN = {"+": "+", "-": "-", "*": "×"}
 _NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 
 
+# (a, operator, b)
+Problem = tuple[int, str, int]
+
+
 class Arithmetic:
-    """A problem of the test stands there in one wording, a problem of another split in each of them."""
+    """Problems of training and validation are asked in every wording, those of the test and those beyond the range in
+    one each: the former are few, and make up half of what is trained on.
+    """
 
     name = "arithmetic"
     label = "math"
@@ -56,11 +65,11 @@ class Arithmetic:
         """See `Task.examples`; raises ValueError where there is no such split."""
         if split not in SPLITS:
             raise ValueError(f"there is no split '{split}'; choose one of {', '.join(SPLITS)}")
-        problems = _problems_by_split()[split]
-        wordings = range(len(_WORDINGS["+"]))
+        problems = _problems_by_split()
         if split == "test":
-            return [_example(*problem, i % len(wordings)) for i, problem in enumerate(problems)]
-        return [_example(*problem, wording) for problem in problems for wording in wordings]
+            return _once_each(problems["test"])
+        in_range = [_example(*problem, wording) for problem in problems[split] for wording in range(_WORDING_COUNT)]
+        return in_range + (_once_each(_problems_beyond()) if split == "train" else [])
 
     def is_right(self, example: Example, answer: str) -> bool:
         """The last number of the answer counts, so that "12 + 7 = 19." is right too."""
@@ -68,27 +77,35 @@ class Arithmetic:
         return bool(numbers) and float(numbers[-1].replace(",", "").replace("−", "-")) == float(example.answer)
 
 
-def _problems_by_split() -> dict[str, list[tuple[int, str, int]]]:
+def _problems_by_split() -> dict[str, list[Problem]]:
     """Two thirds of the problems for the test (so that n ≥ 500), a tenth for validation, the rest for training."""
-    families: dict[tuple, list[tuple[int, str, int]]] = {}
-    beyond: list[tuple[int, str, int]] = []
-    for operator, largest in _LARGEST_IN_TRAINING.items():
-        for a in range(largest + 1):
-            for b in range(largest + 1):
-                if _RESULT[operator](a, b) < 0:
-                    continue
-                if max(a, b) > _LARGEST[operator]:
-                    beyond.append((a, operator, b))
-                else:
-                    families.setdefault((operator, min(a, b), max(a, b)), []).append((a, operator, b))
+    families: dict[tuple, list[Problem]] = {}
+    for problem in _problems(_LARGEST):
+        a, operator, b = problem
+        families.setdefault((operator, min(a, b), max(a, b)), []).append(problem)
     keys = sorted(families)
     random.Random(0).shuffle(keys)
     test, validation = round(len(keys) * 0.65), round(len(keys) * 0.75)
     parts = {"test": keys[:test], "validation": keys[test:validation], "train": keys[validation:]}
-    problems = {split: [problem for key in part for problem in families[key]] for split, part in parts.items()}
-    problems["train"] += beyond
-    return problems
+    return {split: [problem for key in part for problem in families[key]] for split, part in parts.items()}
+
+
+def _problems_beyond() -> list[Problem]:
+    """The problems for training with an operand that no other split has."""
+    return [(a, operator, b) for a, operator, b in _problems(_LARGEST_IN_TRAINING) if max(a, b) > _LARGEST[operator]]
+
+
+def _problems(largest: dict[str, int]) -> Iterator[Problem]:
+    for operator, bound in largest.items():
+        for a, b in itertools.product(range(bound + 1), repeat=2):
+            if _RESULT[operator](a, b) >= 0:
+                yield a, operator, b
+
+
+def _once_each(problems: Sequence[Problem]) -> list[Example]:
+    return [_example(*problem, i % _WORDING_COUNT) for i, problem in enumerate(problems)]
 
 
 def _example(a: int, operator: str, b: int, wording: int) -> Example:
-    return Example(_WORDINGS[operator][wording].format(a=a, b=b), str(_RESULT[operator](a, b)))
+    answer = str(_RESULT[operator](a, b))
+    return Example(_WORDINGS[operator][wording].format(a=a, b=b), answer, f"{a} {_SIGN[operator]} {b} = {answer}")

@@ -12,10 +12,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt as the user would type it, and the answer that is right."""
+    """A prompt as the user would type it, the answer that is right, and a whole text that gives it.
+
+    `solution` is what a supervised warm start imitates; nothing else looks at it.
+    """
 
     prompt: str
     answer: str
+    solution: str
 
 
 class Task(Protocol):
