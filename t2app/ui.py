@@ -33,7 +33,7 @@ _LOAD_POLL_SECONDS = 0.3
 
 THEME = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
-#adapted, #base { min-height: 9rem; border-radius: 4px; padding: 0.25rem 0 0.25rem 1rem; overflow-wrap: anywhere; }
+#adapted, #base { min-height: 9rem; border-radius: 4px; padding: 0.25rem 3rem 0.25rem 1rem; overflow-wrap: anywhere; }
 #adapted { border-left: 4px solid var(--primary-500); }
 #base { border-left: 4px solid var(--neutral-400); }
 #adapted-statistics, #base-statistics { font-size: 0.85rem; opacity: 0.8; min-height: 1.4rem; }
@@ -60,11 +60,11 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         with gr.Row(equal_height=True):
             with gr.Column(min_width=300):
                 gr.Markdown("### Adapted")
-                adapted = gr.Markdown(elem_id="adapted", buttons=["copy"])
+                adapted = gr.Markdown(elem_id="adapted", buttons=["copy"], line_breaks=True)
                 adapted_statistics = gr.Markdown(elem_id="adapted-statistics")
             with gr.Column(min_width=300):
                 gr.Markdown("### Base model")
-                base = gr.Markdown(elem_id="base", buttons=["copy"])
+                base = gr.Markdown(elem_id="base", buttons=["copy"], line_breaks=True)
                 base_statistics = gr.Markdown(elem_id="base-statistics")
         with gr.Group():
             sliders = [
@@ -154,18 +154,21 @@ class _AnswerView:
         self._texts = {"adapted": "", "base": ""}
 
     def running(self, status: str) -> list:
-        return self._update(running=True, status=status, adapted="", base="", adapted_statistics="", base_statistics="")
+        return self._update(running=True, status=status)
 
     def failed(self, sentence: str) -> list:
         return self._update(running=False, status=f"⚠️ {sentence}")
 
     def event(self, event: Dispatched | Token | Finished) -> list:
         if isinstance(event, Dispatched):
+            # Only here do the answers before give way: a prompt that is refused leaves them.
+            cleared = dict.fromkeys(("adapted", "base", "adapted_statistics", "base_statistics"), "")
             sliders = list(event.weights.values())
-            return self._update(status=_describe(event), bars=mixture_bars(event.weights), sliders=sliders)
+            return self._update(status=_describe(event), bars=mixture_bars(event.weights), sliders=sliders, **cleared)
         if isinstance(event, Token):
             self._texts[event.stream] += event.text
-            statistics = f"{event.tokens} tokens · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
+            tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
+            statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
             return self._update(**{event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics})
         return self._update(running=False, adapted=event.adapted, base=event.base)
 

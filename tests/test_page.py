@@ -151,6 +151,16 @@ def test_prompt_that_cannot_be_answered_gets_a_sentence_and_is_kept(page, prompt
     assert page.get_by_label("Prompt", exact=True).input_value() == prompt
 
 
+def test_prompt_that_is_refused_leaves_the_answers_before_it(page):
+    ask(page, SUM)
+    expect(page.locator("#adapted-statistics")).to_contain_text("tokens/s")
+    wait_until_finished(page)
+    before = text(page, "adapted"), text(page, "base")
+    ask(page, "   ")
+    expect(page.locator("#status")).to_contain_text("Type a prompt first.")
+    assert all(before) and (text(page, "adapted"), text(page, "base")) == before
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_phone_shows_the_whole_page_without_scrolling_sideways(url, browser, theme):
     phone = browser.new_page(viewport={"width": 390, "height": 844})
