@@ -55,7 +55,8 @@ def test_a_split_is_always_the_same_and_repeats_no_prompt(name, split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_answer_and_the_solution_of_every_example_are_right(name, split):
     task = TASKS[name]
-    for example in task.examples(split):
+    # Code takes a process an example, so a sample of them.
+    for example in task.examples(split)[:: 1 if not task.examples(split)[0].tests else 20]:
         assert task.is_right(example, example.answer) and task.is_right(example, example.solution)
 
 
@@ -99,6 +100,70 @@ def test_unknown_split_and_unknown_task_are_refused_with_the_known_ones():
         ARITHMETIC.examples("dev")
     with pytest.raises(ValueError, match="there is no task 'cooking'; there are: .*arithmetic"):
         task_named("cooking")
+
+
+@pytest.mark.parametrize("name", ["reasoning-basics", "code-basics"])
+def test_procedural_tasks_are_large_enough_to_train_on_and_to_measure(name):
+    sizes = {split: len(TASKS[name].examples(split)) for split in SPLITS}
+    assert sizes["test"] >= 500 and sizes["train"] >= 1000 and sizes["validation"] >= 200
+
+
+def test_splits_of_reasoning_share_no_set_of_things_that_a_question_is_about():
+    # Three people may be asked about in two splits, as long as it is another thing that orders them.
+    about = {
+        split: {
+            frozenset(example.options) if example.options else tuple(re.findall(r"\d+", example.prompt)[:2])
+            for example in TASKS["reasoning-basics"].examples(split)
+            if not re.search(r" is \w+ than ", example.prompt)
+        }
+        for split in SPLITS
+    }
+    assert (
+        not about["train"] & about["validation"] | about["train"] & about["test"] | about["validation"] & about["test"]
+    )
+
+
+def test_splits_of_code_share_no_program():
+    def bodies(split: str) -> set[str]:
+        return {example.answer.split(":", 1)[1] for example in TASKS["code-basics"].examples(split)}
+
+    train, validation, test = map(bodies, SPLITS)
+    assert not train & validation | train & test | validation & test
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("Anna", True),
+        ("anna.", True),
+        ("It is Anna!", True),
+        ("**Anna**", True),
+        ("Anna is taller than Ben", False),
+        ("Annabel", False),
+        ("Ben", False),
+        ("", False),
+    ],
+)
+def test_reasoning_takes_an_answer_that_names_the_right_option_and_no_other(answer, right):
+    example = Example("", "Anna", "Anna", ("Anna", "Ben", "Carl"))
+    assert TASKS["reasoning-basics"].is_right(example, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("def f(n):\n    return n + 1", True),
+        ("Here it is:\n```python\ndef f(n):\n    return n + 1\n```\nIt adds one.", True),
+        ("```\ndef f(n):\n    return n + 1", True),
+        ("```python\ndef g(n):\n    return n + 1\n```", False),
+        ("def f(n):\n    return n + 2", False),
+        ("The function adds one.", False),
+        ("", False),
+    ],
+)
+def test_code_is_right_where_the_code_of_the_answer_passes_the_tests(answer, right):
+    example = Example("", "", "", tests=("assert f(1) == 2", "assert f(0) == 1"))
+    assert TASKS["code-basics"].is_right(example, answer) is right
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -1,9 +1,11 @@
 """The tasks, by name: one file a task."""
 
 from t2app.tasks.arithmetic import Arithmetic
+from t2app.tasks.code import CodeBasics
+from t2app.tasks.reasoning import ReasoningBasics
 from t2app.tasks.task import SPLITS, Example, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (Arithmetic(), ReasoningBasics(), CodeBasics())}
 
 __all__ = ["SPLITS", "TASKS", "Example", "Task", "task_named"]
 

@@ -11,7 +11,8 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from t2app.tasks.task import SPLITS, Example
+from t2app.tasks.procedural import check_split
+from t2app.tasks.task import Example
 
 _WORDINGS = {
     "+": (
@@ -63,8 +64,7 @@ class Arithmetic:
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `Task.examples`; raises ValueError where there is no such split."""
-        if split not in SPLITS:
-            raise ValueError(f"there is no split '{split}'; choose one of {', '.join(SPLITS)}")
+        check_split(split)
         problems = _problems_by_split()
         if split == "test":
             return _once_each(problems["test"])

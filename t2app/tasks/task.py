@@ -12,14 +12,19 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt as the user would type it, the answer that is right, and a whole text that gives it.
+    """A prompt as the user would type it, and the answer that is right.
 
-    `solution` is what a supervised warm start imitates; nothing else looks at it.
+    Attributes:
+        solution: a whole text that gives the answer, which a supervised warm start imitates; nothing else looks at it.
+        options: what may be answered, where that is a choice.
+        tests: statements that a program which is right runs without an exception, where a program is asked for.
     """
 
     prompt: str
     answer: str
     solution: str
+    options: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
 
 
 class Task(Protocol):
