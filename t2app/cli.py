@@ -6,6 +6,7 @@ to standard error. Every command ends with exit code 0, or 1 and a sentence.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -23,6 +24,7 @@ from t2app.messages import DISPATCHERS, PROMPT, Dispatched, Finished, Sampling, 
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, is_mlp_path
 from t2app.tasks import TASKS, Example, Task, task_named
+from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
 from t2app.training import ADVANTAGES, Trainer, TrainingSettings, with_test_accuracies
 
 LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
@@ -31,6 +33,8 @@ LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 1 and a sentence on standard error where it cannot be done."""
     options = _parser().parse_args(arguments)
+    if getattr(options, "data", None) is not None:
+        os.environ[DATA_DIR_VARIABLE] = str(options.data)
     try:
         options.run(options)
     except (ValueError, RuntimeError, OSError) as error:
@@ -198,6 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name or a local folder")
     common.add_argument("--precision", choices=PRECISIONS, default="auto", help="what the weights are held in")
     common.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        "--data", type=Path, metavar="DIR", help=f"benchmark data (default: ${DATA_DIR_VARIABLE}, the hub)"
+    )
     dispatch = argparse.ArgumentParser(add_help=False)
     dispatch.add_argument("--weights", type=_weights, help="with manual dispatch: NAME=NUMBER,… for each expert")
 
@@ -216,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("experts", parents=[common], help="list the model's experts")
     command.set_defaults(run=experts)
 
-    command = commands.add_parser("train", parents=[common], help="train an expert by reinforcement learning")
+    command = commands.add_parser("train", parents=[common, data], help="train an expert by reinforcement learning")
     command.add_argument("task", metavar="TASK", choices=TASKS, help=f"one of {', '.join(TASKS)}")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of expert, log and checkpoint")
     command.add_argument("--name", help="the expert's name (default: the task's label)")
@@ -247,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--advantage", choices=ADVANTAGES, default=defaults.advantage, help="plain is the paper's ±1")
     command.set_defaults(run=train)
 
-    command = commands.add_parser("eval", parents=[common, dispatch], help="measure accuracy on test splits")
+    command = commands.add_parser("eval", parents=[common, data, dispatch], help="measure accuracy on test splits")
     command.add_argument("task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}")
     command.add_argument("--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all)")
     command.add_argument("--dispatch", choices=DISPATCHERS, help="also measure what this dispatch mixes")

@@ -8,10 +8,12 @@ import pytest
 from t2app.tasks import SPLITS, TASKS, Example, task_named
 
 ARITHMETIC = TASKS["arithmetic"]
+# The tasks that make their own examples.
+PROCEDURAL = ("arithmetic", "reasoning-basics", "code-basics")
 OPERATOR_WORDS = {"+": r"\+|plus|add", "-": r" - |minus|subtract|take", "*": r"×|\*|times|multipl"}
 RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 LARGEST = {"+": 20, "-": 20, "*": 10}
-LARGEST_IN_TRAINING = {"+": 30, "-": 30, "*": 12}
+LARGEST_IN_TRAINING = {"+": 40, "-": 60, "*": 12}
 
 
 def problem(example: Example) -> tuple[str, int, int]:
@@ -43,7 +45,7 @@ def test_arithmetic_asks_each_problem_of_validation_and_the_small_ones_of_traini
         assert count == (6 if max(a, b) <= LARGEST[operator] else 1)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROCEDURAL)
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_is_always_the_same_and_repeats_no_prompt(name, split):
     examples = TASKS[name].examples(split)
@@ -51,7 +53,7 @@ def test_a_split_is_always_the_same_and_repeats_no_prompt(name, split):
     assert len({example.prompt for example in examples}) == len(examples)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROCEDURAL)
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_answer_and_the_solution_of_every_example_are_right(name, split):
     task = TASKS[name]

@@ -2,17 +2,17 @@
 
 No result is negative: the embedded model gets none of those right, and a task without a success has no signal to train
 on. That leaves 793 problems, each in one split only; a + b and b + a, a × b and b × a always share a split. Since the
-test takes two thirds of them, training adds problems with an operand just beyond that range, which no other split has,
-lest an expert learn the few that are left by heart.
+test takes two thirds of them, training adds problems with an operand beyond that range, which no other split has, lest
+an expert learn the few that are left by heart.
 """
 
 import itertools
 import random
-import re
 from collections.abc import Iterator, Sequence
 
+from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split
-from t2app.tasks.task import Example
+from t2app.tasks.task import CATEGORIES, Example
 
 _WORDINGS = {
     "+": (
@@ -42,10 +42,10 @@ _WORDINGS = {
 }
 _WORDING_COUNT = 6
 _LARGEST = {"+": 20, "-": 20, "*": 10}
-_LARGEST_IN_TRAINING = {"+": 30, "-": 30, "*": 12}
+# Further for −, which has half as many problems.
+_LARGEST_IN_TRAINING = {"+": 40, "-": 60, "*": 12}
 _RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 _SIGN = {"+": "+", "-": "-", "*": "×"}
-_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 
 
 # (a, operator, b)
@@ -54,12 +54,12 @@ Problem = tuple[int, str, int]
 
 class Arithmetic:
     """Problems of training and validation are asked in every wording, those of the test and those beyond the range in
-    one each: the former are few, and make up half of what is trained on.
+    one each: the former are few.
     """
 
     name = "arithmetic"
     label = "math"
-    description = "calculating with numbers: arithmetic, equations and word problems"
+    description = CATEGORIES[label]
     max_new_tokens = 16
 
     def examples(self, split: str) -> Sequence[Example]:
@@ -73,8 +73,7 @@ class Arithmetic:
 
     def is_right(self, example: Example, answer: str) -> bool:
         """The last number of the answer counts, so that "12 + 7 = 19." is right too."""
-        numbers = _NUMBER.findall(answer)
-        return bool(numbers) and float(numbers[-1].replace(",", "").replace("−", "-")) == float(example.answer)
+        return last_number(answer) == last_number(example.answer)
 
 
 def _problems_by_split() -> dict[str, list[Problem]]:

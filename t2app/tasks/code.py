@@ -11,7 +11,7 @@ from functools import cache
 
 from t2app.sandbox import run_tests
 from t2app.tasks.procedural import check_split, pick, sample, split_of
-from t2app.tasks.task import SPLITS, Example
+from t2app.tasks.task import CATEGORIES, SPLITS, Example
 
 _EXAMPLES = {"train": 1500, "validation": 240, "test": 600}
 _WORDINGS = (
@@ -104,7 +104,7 @@ class CodeBasics:
 
     name = "code-basics"
     label = "code"
-    description = "writing Python: a function, a program, code that does what is described"
+    description = CATEGORIES[label]
     max_new_tokens = 64
 
     def examples(self, split: str) -> Sequence[Example]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 from t2app.tasks.procedural import check_split, pick, sample, split_of
-from t2app.tasks.task import SPLITS, Example
+from t2app.tasks.task import CATEGORIES, SPLITS, Example
 
 _EXAMPLES_OF_EACH = {"train": 600, "validation": 100, "test": 200}
 
@@ -60,7 +60,7 @@ class ReasoningBasics:
 
     name = "reasoning-basics"
     label = "reasoning"
-    description = "thinking through what is given: comparing, ordering, what comes next, what does not belong"
+    description = CATEGORIES[label]
     max_new_tokens = 16
 
     def examples(self, split: str) -> Sequence[Example]:

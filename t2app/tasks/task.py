@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 SPLITS = ("train", "validation", "test")
+# The categories of prompts, by label, as the first pass describes them to the model.
+CATEGORIES = {
+    "math": "calculating with numbers: arithmetic, equations and word problems",
+    "code": "writing Python: a function, a program, code that does what is described",
+    "reasoning": "thinking through what is given: comparing, ordering, what comes next, what does not belong",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,12 @@ class Task(Protocol):
     max_new_tokens: int
 
     def examples(self, split: str) -> Sequence[Example]:
-        """All examples of a split, always the same ones in the same order; splits share no problem."""
+        """All examples of a split, always the same ones in the same order; splits share no problem.
+
+        Raises:
+            ValueError: the task has no such split.
+            DataError: its data cannot be had.
+        """
 
     def is_right(self, example: Example, answer: str) -> bool:
         """Whether `answer`, the model's whole text, answers the example."""
