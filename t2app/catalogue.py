@@ -55,6 +55,11 @@ def title_of(name: str) -> str:
     return Path(name).name if name not in CATALOGUE and Path(name).is_dir() else name
 
 
+def pool_folder(name: str, experts_folder: Path = EXPERTS_FOLDER) -> Path:
+    """Where a model's experts lie, whether or not there are any."""
+    return experts_folder / title_of(name).replace("/", "--")
+
+
 def expert_files(name: str, experts_folder: Path = EXPERTS_FOLDER) -> list[Path]:
     """The files of a model's experts, by name; the stem is the expert's name."""
-    return sorted((experts_folder / title_of(name).replace("/", "--")).glob("*.safetensors"))
+    return sorted(pool_folder(name, experts_folder).glob("*.safetensors"))

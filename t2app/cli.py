@@ -8,19 +8,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS, pool_folder
 from t2app.dispatch import make_dispatcher
 from t2app.engine import Engine
-from t2app.evaluation import Accuracy, evaluate
+from t2app.evaluation import BASE, Accuracy, AnswerFile, evaluate, results_table, write_csv
 from t2app.experts import load_expert, mix, save_expert
-from t2app.messages import DISPATCHERS, PROMPT, Dispatched, Finished, Sampling, Token, as_json
+from t2app.messages import DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, is_mlp_path
 from t2app.tasks import TASKS, Example, Task, task_named
@@ -95,32 +95,56 @@ def train(options: argparse.Namespace) -> None:
                 _print_json(asdict(step))
     expert = load_expert(trainer.expert_file, model.identity)
     test = task.examples("test")[: options.test_limit]
-    measured = [
-        _evaluate(model, task, test, name, [mixture] * len(test))
-        for name, mixture in (("base", None), (expert.name, mix([expert], {expert.name: 1.0})))
-    ]
+    mixtures = {BASE: None, expert.name: mix([expert], {expert.name: 1.0})}
+    measured = _evaluate(model, task, test, {name: [mixture] * len(test) for name, mixture in mixtures.items()})
     save_expert(with_test_accuracies(expert, measured), trainer.expert_file)
-    for accuracy in measured:
-        _print_accuracy(accuracy, options.json)
+    _print_accuracies(measured, options.json)
     if not options.json:
         print(f"expert written to {trainer.expert_file}")
 
 
 def evaluate_tasks(options: argparse.Namespace) -> None:
-    """Measure the base model, the experts named and the dispatch named on the test split of each task."""
+    """Measure the base model, the experts named and the dispatches named on the test split of each task."""
     tasks = [task_named(name) for name in options.task]
     model = _load(options, many_rows=True)
     by_name = {expert.name: expert for expert in model.experts}
-    named = options.experts if options.experts is not None else list(by_name) if options.dispatch is None else []
-    mixtures = {"base": None} | {name: mix(model.experts, {name: 1.0}) for name in named}
+    named = options.experts if options.experts is not None else list(by_name) if not options.dispatch else []
+    fixed = {BASE: None} | {name: mix(model.experts, {name: 1.0}) for name in named}
+    dispatchers = [
+        make_dispatcher(name, model, options.weights if name == MANUAL else None) for name in options.dispatch
+    ]
+    if options.weights is not None and MANUAL not in options.dispatch:
+        raise ValueError("--weights belongs to --dispatch manual")
+    kept = AnswerFile(options.answers) if options.answers is not None else None
+    measured: list[Accuracy] = []
     for task in tasks:
         examples = task.examples("test")[: options.limit]
-        for name, mixture in mixtures.items():
-            _print_accuracy(_evaluate(model, task, examples, name, [mixture] * len(examples)), options.json)
-        if options.dispatch is not None:
-            dispatcher = make_dispatcher(options.dispatch, model, options.weights)
-            decided = [mix(model.experts, dispatcher.decide(example.prompt).weights) for example in examples]
-            _print_accuracy(_evaluate(model, task, examples, dispatcher.name, decided), options.json)
+        mixtures = {name: [mixture] * len(examples) for name, mixture in fixed.items()}
+        for dispatcher in dispatchers:
+            mixtures[dispatcher.name] = [
+                mix(model.experts, dispatcher.decide(example.prompt).weights) for example in examples
+            ]
+        accuracies = _evaluate(model, task, examples, mixtures, kept)
+        _print_accuracies(accuracies, options.json)
+        measured += accuracies
+    if options.csv is not None:
+        write_csv(measured, options.csv)
+    if options.results:
+        _write_results(options, model, measured)
+
+
+def _write_results(options: argparse.Namespace, model: Model, measured: Sequence[Accuracy]) -> None:
+    """The table beside the model's experts, with the command that measured it."""
+    limit = f" --limit {options.limit}" if options.limit else ""
+    mixtures = f" --experts {','.join(options.experts)}" if options.experts is not None else ""
+    dispatches = f" --dispatch {','.join(options.dispatch)}" if options.dispatch else ""
+    path = pool_folder(options.model) / "RESULTS.md"
+    path.write_text(
+        f"# {model.name}\n\nGreedy answers on the test splits, weights held in {model.precision}. Written by\n\n"
+        f"```bash\npython -m t2app eval {' '.join(options.task)}{mixtures}{dispatches}{limit} --results\n```\n\n"
+        f"p is McNemar's exact test against the base model on the same examples.\n\n{results_table(measured)}",
+        encoding="utf-8",
+    )
 
 
 def run_benches(options: argparse.Namespace) -> None:
@@ -137,10 +161,14 @@ def run_benches(options: argparse.Namespace) -> None:
 
 
 def _evaluate(
-    model: Model, task: Task, examples: Sequence[Example], name: str, mixtures: Sequence[Deltas | None]
-) -> Accuracy:
-    with tqdm(total=len(examples), desc=f"{task.name} · {name}", unit="example") as bar:
-        return evaluate(model, task, examples, name, mixtures, bar.update)
+    model: Model,
+    task: Task,
+    examples: Sequence[Example],
+    mixtures: Mapping[str, Sequence[Deltas | None]],
+    kept: AnswerFile | None = None,
+) -> list[Accuracy]:
+    with tqdm(total=len(examples) * len(mixtures), desc=task.name, unit="answer") as bar:
+        return evaluate(model, task, examples, mixtures, bar.update, kept)
 
 
 def _load(options: argparse.Namespace, **arguments) -> Model:
@@ -157,15 +185,13 @@ def _print_json(row: dict) -> None:
     print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def _print_accuracy(accuracy: Accuracy, as_json_line: bool) -> None:
-    low, high = accuracy.interval
-    if as_json_line:
-        _print_json(asdict(accuracy) | {"accuracy": accuracy.accuracy, "low": low, "high": high})
-    else:
-        print(
-            f"{accuracy.task}  {accuracy.mixture}: {accuracy.accuracy:.1%} "
-            f"({accuracy.correct} of {accuracy.n}; 95 % interval {low:.1%} to {high:.1%})"
-        )
+def _print_accuracies(accuracies: Sequence[Accuracy], as_json_lines: bool) -> None:
+    if not as_json_lines:
+        print(results_table(accuracies))
+        return
+    for row in accuracies:
+        low, high = row.interval
+        _print_json(asdict(row) | {"accuracy": row.accuracy, "low": low, "high": high})
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -182,6 +208,14 @@ def _weights(text: str) -> dict[str, float]:
                 f"'{part}' is no weight; NAME=NUMBER was expected, as in math=0.7,code=0.1"
             )
     return weights
+
+
+def _dispatchers(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in DISPATCHERS:
+            raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(DISPATCHERS)})")
+    return names
 
 
 def _bench_name(text: str) -> str:
@@ -258,8 +292,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", parents=[common, data, dispatch], help="measure accuracy on test splits")
     command.add_argument("task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}")
     command.add_argument("--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all)")
-    command.add_argument("--dispatch", choices=DISPATCHERS, help="also measure what this dispatch mixes")
+    command.add_argument("--dispatch", type=_dispatchers, default=[], metavar="NAME,…", help="also what these mix")
     command.add_argument("--limit", type=_count, metavar="N", help="only the first N examples")
+    command.add_argument("--answers", type=Path, metavar="FILE", help="keep answers there, and go on from those in it")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
+    command.add_argument("--results", action="store_true", help="write RESULTS.md beside the model's experts")
     command.set_defaults(run=evaluate_tasks)
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")

@@ -1,8 +1,17 @@
-"""Accuracy of a mixture on a task's examples, with its interval."""
+"""Accuracy of mixtures on a task's examples: with its interval, and tested against the base model on the same examples.
 
-from collections.abc import Callable, Sequence
+Rows carry their mixtures, so base, experts and dispatched mixtures are answered in the same batches. Answers can be
+kept in a file, from which an evaluation that was cut off goes on.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from t2app.decoding import collected, decode
@@ -11,17 +20,23 @@ from t2app.models import Model
 from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
 
+BASE = "base"
 _BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `n` greedy answers, and the 95 % Wilson interval [low, high] of the accuracy."""
+    """`correct` of `n` greedy answers, and the 95 % Wilson interval [low, high] of the accuracy.
+
+    `p_value` is McNemar's exact test of the hypothesis that the mixture and the base model are right equally often,
+    over the examples on which they differ; None for the base model and where it was not measured beside it.
+    """
 
     task: str
     mixture: str
     correct: int
     n: int
+    p_value: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -33,26 +48,68 @@ class Accuracy:
         return float(low), float(high)
 
 
+class AnswerFile:
+    """Answers that were given, by what they depend on: weights, precision, prompt, length and the mixture's numbers.
+
+    Args:
+        path: a file of one JSON object a line, which is read if it is there and grows by every answer.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._answers: dict[str, str] = {}
+        if path.exists():
+            # A line that was being written when the run was cut off is no answer.
+            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+            self._answers = {row["key"]: row["answer"] for row in map(json.loads, filter(None, whole.split("\n")))}
+            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> str | None:
+        return self._answers.get(key)
+
+    def add(self, answers: Mapping[str, str]) -> None:
+        """Keep answers by key; they are on disk when this returns."""
+        self._answers |= answers
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items())
+
+
 def greedy_answers(
     model: Model,
     task: Task,
     examples: Sequence[Example],
     mixtures: Sequence[Deltas | None],
     progress: Callable[[int], None] = lambda done: None,
+    kept: AnswerFile | None = None,
 ) -> list[str]:
-    """The model's greedy answer to every example, each under its own mixture, in the order of the examples."""
+    """The model's greedy answer to every example, each under its own mixture, in the order of the examples.
+
+    Args:
+        kept: answers that need not be given again, and where new ones are added.
+    """
     sampling = Sampling(max_new_tokens=task.max_new_tokens)
     prompts = [model.prompt_ids(example.prompt) for example in examples]
+    answers: list[str | None] = [None] * len(examples)
+    keys = [""] * len(examples)
+    if kept is not None:
+        digests = _Digests()
+        about = f"{model.identity.fingerprint} {model.precision} {task.max_new_tokens}"
+        keys = [f"{about} {digests.of(m)} {_sha256(e.prompt)}" for e, m in zip(examples, mixtures, strict=True)]
+        answers = [kept.get(key) for key in keys]
+        progress(sum(answer is not None for answer in answers))
     # Prompts of like length share a batch: less padding, and rows that end together.
-    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(examples)
+    order = sorted((i for i, answer in enumerate(answers) if answer is None), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), _BATCH_ROWS):
-        batch = order[start : start + _BATCH_ROWS]
+        # Base rows first: the others are then a slice of the batch, which is edited without a copy.
+        batch = sorted(order[start : start + _BATCH_ROWS], key=lambda i: mixtures[i] is not None)
         steps = decode(
             model.adapted, [prompts[i] for i in batch], [mixtures[i] for i in batch], sampling, model.eos_ids
         )
         for i, row in zip(batch, collected(steps), strict=True):
             answers[i] = model.tokenizer.decode(row, skip_special_tokens=True)
+        if kept is not None:
+            kept.add({keys[i]: answers[i] for i in batch})
         progress(len(batch))
     return answers
 
@@ -61,17 +118,83 @@ def evaluate(
     model: Model,
     task: Task,
     examples: Sequence[Example],
-    mixture_name: str,
-    mixtures: Sequence[Deltas | None],
+    mixtures: Mapping[str, Sequence[Deltas | None]],
     progress: Callable[[int], None] = lambda done: None,
-) -> Accuracy:
-    """Greedy accuracy on `examples`, example i under mixtures[i].
+    kept: AnswerFile | None = None,
+) -> list[Accuracy]:
+    """Greedy accuracy of each mixture on `examples`, in the order of `mixtures`.
+
+    Args:
+        mixtures: by name, one for every example: a dispatch may decide differently for each. "base" is what the others
+            are tested against.
 
     Raises:
         ValueError: there is no example.
     """
     if not examples:
         raise ValueError(f"there are no examples of '{task.name}' to evaluate on")
-    answers = greedy_answers(model, task, examples, mixtures, progress)
-    correct = sum(task.is_right(example, answer) for example, answer in zip(examples, answers, strict=True))
-    return Accuracy(task.name, mixture_name, correct, len(examples))
+    n = len(examples)
+    rows = [mixture for column in mixtures.values() for mixture in column]
+    answers = greedy_answers(model, task, [*examples] * len(mixtures), rows, progress, kept)
+    right = {
+        name: [task.is_right(example, answer) for example, answer in zip(examples, answers[k * n :], strict=False)]
+        for k, name in enumerate(mixtures)
+    }
+    base = right.get(BASE)
+    return [
+        Accuracy(task.name, name, sum(column), n, None if base is None or name == BASE else _p_value(base, column))
+        for name, column in right.items()
+    ]
+
+
+def write_csv(accuracies: Iterable[Accuracy], path: Path) -> None:
+    """One line a task and mixture, under a line of names."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("task", "mixture", "correct", "n", "accuracy", "low", "high", "p_value"))
+        for row in accuracies:
+            writer.writerow((row.task, row.mixture, row.correct, row.n, row.accuracy, *row.interval, row.p_value))
+
+
+def results_table(accuracies: Iterable[Accuracy]) -> str:
+    """The accuracies as a Markdown table."""
+    lines = [
+        "| task | mixture | accuracy | 95 % interval | n | p against base |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in accuracies:
+        low, high = row.interval
+        p_value = "" if row.p_value is None else "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
+        lines.append(
+            f"| {row.task} | {row.mixture} | {row.accuracy:.1%} | {low:.1%} to {high:.1%} | {row.n} | {p_value} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _p_value(base: Sequence[bool], mixture: Sequence[bool]) -> float:
+    gained = sum(not before and after for before, after in zip(base, mixture, strict=True))
+    lost = sum(before and not after for before, after in zip(base, mixture, strict=True))
+    # The test looks at these two alone.
+    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue) if gained + lost else 1.0
+
+
+class _Digests:
+    """SHA-256 of mixtures' numbers, each computed once: most rows share one object."""
+
+    def __init__(self):
+        # With the mixture itself, so that its id is not given to another one meanwhile.
+        self._by_id: dict[int, tuple[Deltas, str]] = {}
+
+    def of(self, mixture: Deltas | None) -> str:
+        if mixture is None:
+            return BASE
+        if id(mixture) not in self._by_id:
+            digest = hashlib.sha256()
+            for path in sorted(mixture):
+                digest.update(path.encode() + mixture[path].detach().cpu().float().numpy().tobytes())
+            self._by_id[id(mixture)] = (mixture, digest.hexdigest())
+        return self._by_id[id(mixture)][1]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

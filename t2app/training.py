@@ -50,14 +50,14 @@ class TrainingSettings:
         validate_every, validation_limit: steps between validations, and how many examples one takes.
     """
 
-    warm_start_steps: int = 140
+    warm_start_steps: int = 80
     warm_start_learning_rate: float = 6e-3
-    steps: int = 60
+    steps: int = 24
     prompts: int = 32
     samples: int = 8
     advantage: str = "group"
     learning_rate: float = 1e-3
-    decay_steps: int = 40
+    decay_steps: int = 24
     kl_weight: float = 0.0
     clip_norm: float = 1.0
     temperature: float = 1.0
@@ -247,8 +247,9 @@ class Trainer:
 
     def _validate(self) -> float:
         deltas = {path: delta.detach() for path, delta in self.deltas.items()}
-        mixtures = [deltas] * len(self.validation)
-        return evaluate(self.model, self.task, self.validation, self.name, mixtures).accuracy
+        mixtures = {self.name: [deltas] * len(self.validation)}
+        [measured] = evaluate(self.model, self.task, self.validation, mixtures)
+        return measured.accuracy
 
     def _save_best(self) -> None:
         """Write the expert as it now is, with its validation accuracy."""

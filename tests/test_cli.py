@@ -57,8 +57,31 @@ def test_eval_prints_one_wilson_interval_a_mixture():
 
 
 def test_eval_measures_a_dispatch_beside_the_base():
-    rows = json_lines("eval", "arithmetic", "--dispatch", "prompt", "--limit", "8")
-    assert [row["mixture"] for row in rows] == ["base", "prompt"]
+    rows = json_lines("eval", "arithmetic", "--dispatch", "prompt,manual", "--weights", "math=1", "--limit", "8")
+    assert [row["mixture"] for row in rows] == ["base", "prompt", "manual"]
+
+
+def test_eval_of_several_tasks_goes_on_from_its_answers_and_writes_a_table(tmp_path):
+    answers, table = tmp_path / "answers.jsonl", tmp_path / "table.csv"
+    arguments = (
+        "eval",
+        "arithmetic",
+        "reasoning-basics",
+        "--experts",
+        "math",
+        "--limit",
+        "4",
+        "--answers",
+        str(answers),
+    )
+    first = json_lines(*arguments)
+    assert [(row["task"], row["mixture"]) for row in first] == [
+        (task, mixture) for task in ("arithmetic", "reasoning-basics") for mixture in ("base", "math")
+    ]
+    assert len(answers.read_text().splitlines()) == 16
+    assert json_lines(*arguments, "--csv", str(table)) == first
+    assert len(answers.read_text().splitlines()) == 16
+    assert len(table.read_text().splitlines()) == 5
 
 
 def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
@@ -85,6 +108,9 @@ def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
         (("answer", "x", "--model", "no-such/model"), "the model 'no-such/model' cannot be loaded"),
         (("eval", "cooking"), "invalid choice: 'cooking'"),
         (("eval", "arithmetic", "--experts", "cooking"), "there is no expert 'cooking'"),
+        (("eval", "arithmetic", "--dispatch", "psychic"), "invalid choice: 'psychic'"),
+        (("eval", "arithmetic", "--dispatch", "prompt", "--weights", "math=1"), "weights belong to the manual"),
+        (("eval", "gsm8k", "--data", "no-such-folder"), "there is no file no-such-folder/gsm8k/main/test.jsonl"),
         (("bench", "cooking"), "invalid choice: 'cooking'"),
     ],
 )

@@ -35,6 +35,14 @@ def test_splits_of_arithmetic_share_no_problem_not_even_the_other_way_round():
     assert not train & validation and not train & test and not validation & test
 
 
+def test_solutions_of_arithmetic_state_no_problem_of_another_split():
+    apart = {(a, operator, b) for split in ("validation", "test") for operator, a, b in PROBLEMS[split]}
+    for example in ARITHMETIC.examples("train"):
+        for a, operator, b in re.findall(r"(\d+) ([-+×]) (\d+) =", example.solution):
+            problem_stated = (int(a), operator.replace("×", "*"), int(b))
+            assert problem_stated not in apart, example.solution
+
+
 def test_test_split_of_arithmetic_has_at_least_five_hundred_problems_each_once():
     assert len(PROBLEMS["test"]) == len(set(PROBLEMS["test"])) >= 500
 
