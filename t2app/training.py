@@ -50,14 +50,14 @@ class TrainingSettings:
         validate_every, validation_limit: steps between validations, and how many examples one takes.
     """
 
-    warm_start_steps: int = 80
+    warm_start_steps: int = 140
     warm_start_learning_rate: float = 6e-3
-    steps: int = 24
+    steps: int = 60
     prompts: int = 32
     samples: int = 8
     advantage: str = "group"
     learning_rate: float = 1e-3
-    decay_steps: int = 24
+    decay_steps: int = 40
     kl_weight: float = 0.0
     clip_norm: float = 1.0
     temperature: float = 1.0

@@ -3,7 +3,7 @@
 No result is negative: the embedded model gets none of those right, and a task without a success has no signal to train
 on. That leaves 793 problems, each in one split only; a + b and b + a, a × b and b × a always share a split. Since the
 test takes two thirds of them, training adds problems with an operand beyond that range, which no other split has, lest
-an expert learn the few that are left by heart. For the same reason the solutions go by tens and ones.
+an expert learn the few that are left by heart.
 """
 
 import itertools
@@ -60,7 +60,7 @@ class Arithmetic:
     name = "arithmetic"
     label = "math"
     description = CATEGORIES[label]
-    max_new_tokens = 24
+    max_new_tokens = 16
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `Task.examples`; raises ValueError where there is no such split."""
@@ -107,16 +107,4 @@ def _once_each(problems: Sequence[Problem]) -> list[Example]:
 
 def _example(a: int, operator: str, b: int, wording: int) -> Example:
     answer = str(_RESULT[operator](a, b))
-    solution = f"{a} {_SIGN[operator]} {b} = {_in_tens_and_ones(a, operator, b)}{answer}"
-    return Example(_WORDINGS[operator][wording].format(a=a, b=b), answer, solution)
-
-
-def _in_tens_and_ones(a: int, operator: str, b: int) -> str:
-    """The step in between: "2 tens + 12 = " for 13 + 19, "2 tens - 3 = " for 32 - 15, nothing where one digit does.
-
-    In these words, because "20 + 12 = 32" would give away a problem that may be in the test.
-    """
-    if operator == "*" or max(a, b) < 10:
-        return ""
-    tens, ones = _RESULT[operator](a // 10, b // 10), _RESULT[operator](a % 10, b % 10)
-    return f"{tens} {'ten' if tens == 1 else 'tens'} {'-' if ones < 0 else '+'} {abs(ones)} = "
+    return Example(_WORDINGS[operator][wording].format(a=a, b=b), answer, f"{a} {_SIGN[operator]} {b} = {answer}")
