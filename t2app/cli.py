@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from t2app.models import Model, load_model
 from t2app.spectral import Deltas, is_mlp_path
 from t2app.tasks import TASKS, Example, Task, task_named
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
-from t2app.training import ADVANTAGES, Trainer, TrainingSettings, with_test_accuracies
+from t2app.training import ADVANTAGES, PRESETS, Trainer, TrainingSettings, with_test_accuracies
 
 LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
 
@@ -83,8 +83,10 @@ def experts(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train an expert, then measure base and expert on the test split and write that into its file."""
     task = task_named(options.task)
-    settings = TrainingSettings(**{field.name: getattr(options, field.name) for field in fields(TrainingSettings)})
-    model = _load(options, many_rows=True, layers=LAYERS[options.layers])
+    preset = PRESETS[options.preset]
+    given = {field.name: getattr(options, field.name) for field in fields(TrainingSettings)}
+    settings = replace(preset.settings, **{name: value for name, value in given.items() if value is not None})
+    model = _load(options, many_rows=True, layers=LAYERS[options.layers or preset.layers])
     trainer = Trainer(model, task, settings, options.out, options.name or task.label)
     with tqdm(total=trainer.last_step, initial=trainer.step, desc=f"training {trainer.name}", unit="step") as bar:
         for step in trainer.run():
@@ -262,10 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("task", metavar="TASK", choices=TASKS, help=f"one of {', '.join(TASKS)}")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of expert, log and checkpoint")
     command.add_argument("--name", help="the expert's name (default: the task's label)")
-    command.add_argument(
-        "--layers", choices=LAYERS, default="all", help="adapt all linear layers or the MLP, as the paper"
-    )
-    defaults = TrainingSettings()
+    command.add_argument("--preset", choices=PRESETS, default="default", help="settings that the others then change")
+    command.add_argument("--layers", choices=LAYERS, help="adapt all linear layers of the blocks, or those of the MLP")
+    defaults = PRESETS["default"].settings
     for name, kind, help_text in (
         ("warm_start_steps", int, "supervised steps before those of reinforcement learning"),
         ("warm_start_learning_rate", float, "of these"),
@@ -282,11 +283,11 @@ def _parser() -> argparse.ArgumentParser:
         ("seed", int, "of prompts and samples"),
     ):
         flag = f"--{name.replace('_', '-')}"
-        command.add_argument(flag, type=kind, default=getattr(defaults, name), help=f"{help_text} (%(default)s)")
+        command.add_argument(flag, type=kind, help=f"{help_text} ({getattr(defaults, name)})")
     command.add_argument(
         "--test-limit", type=_count, metavar="N", help="measure at the end on the first N test examples"
     )
-    command.add_argument("--advantage", choices=ADVANTAGES, default=defaults.advantage, help="plain is the paper's ±1")
+    command.add_argument("--advantage", choices=ADVANTAGES, help="plain is the paper's ±1")
     command.set_defaults(run=train)
 
     command = commands.add_parser("eval", parents=[common, data, dispatch], help="measure accuracy on test splits")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class TrainingSettings:
 
     warm_start_steps: int = 140
     warm_start_learning_rate: float = 6e-3
-    steps: int = 60
+    steps: int = 40
     prompts: int = 32
     samples: int = 8
     advantage: str = "group"
@@ -80,6 +81,31 @@ class TrainingSettings:
             raise ValueError(f"temperature is {self.temperature}; more than 0 was expected, for samples that differ")
 
 
+class Preset(NamedTuple):
+    """Settings that go together, and which linear layers they are for: a name of `cli.LAYERS`."""
+
+    settings: TrainingSettings
+    layers: str
+
+
+PRESETS = {
+    "default": Preset(TrainingSettings(), "all"),
+    # The authors' code, as far as it can be had in these terms; z starts at 1 and is not passed through a sigmoid.
+    "paper": Preset(
+        TrainingSettings(
+            warm_start_steps=0,
+            prompts=256,
+            samples=1,
+            advantage="plain",
+            learning_rate=2e-3,
+            decay_steps=0,
+            clip_norm=1e-3,
+        ),
+        "mlp",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class TrainingStep:
     """What one step did; the steps of the warm start come first.
@@ -102,6 +128,8 @@ class TrainingStep:
 
 class Trainer:
     """Trains z for one task and writes the best expert so far, a log and a checkpoint into a folder.
+
+    The best is the one with the highest validation accuracy from the end of the warm start on.
 
     Args:
         model: its adapted layers are the ones that are trained.
@@ -149,12 +177,13 @@ class Trainer:
             self.step += 1
             step = self._imitation_step() if self.step <= settings.warm_start_steps else self._reinforcement_step()
             accuracy = None
-            if self.step % settings.validate_every == 0 or self.step == self.last_step:
+            if self.step % settings.validate_every == 0 or self.step in (settings.warm_start_steps, self.last_step):
                 accuracy = self._validate()
             seconds = time.perf_counter() - started
             self.seconds += seconds
             if accuracy is not None:
-                if accuracy > self.best:
+                # Where the warm start ended is what reinforcement learning has to beat, not the best it came by.
+                if accuracy > self.best or self.step <= settings.warm_start_steps:
                     self.best = accuracy
                     self._save_best()
                 self._save_checkpoint()

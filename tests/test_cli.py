@@ -8,6 +8,9 @@ import sys
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+from t2app.experts import load_expert
+from t2app.models import load_model
+
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -82,6 +85,15 @@ def test_eval_of_several_tasks_goes_on_from_its_answers_and_writes_a_table(tmp_p
     assert json_lines(*arguments, "--csv", str(table)) == first
     assert len(answers.read_text().splitlines()) == 16
     assert len(table.read_text().splitlines()) == 5
+
+
+def test_paper_preset_adapts_the_mlp_with_plain_rewards_and_its_flags_can_be_changed(tmp_path):
+    arguments = ("train", "arithmetic", "--preset", "paper", "--out", str(tmp_path), "--steps", "1", "--prompts", "2")
+    json_lines(*arguments, "--validation-limit", "2", "--test-limit", "2")
+    expert = load_expert(tmp_path / "math.safetensors", load_model(layers=lambda path: False).identity)
+    assert all(".mlp." in path for path in expert.z) and len(expert.z) == 30 * 3
+    assert expert.training["advantage"] == "plain" and expert.training["clip_norm"] == 1e-3
+    assert (expert.training["prompts"], expert.training["samples"], expert.training["warm_start_steps"]) == (2, 1, 0)
 
 
 def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):

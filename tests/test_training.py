@@ -146,6 +146,25 @@ def test_imitation_loss_is_the_models_cross_entropy_of_the_solutions_and_their_e
     assert first.imitation_loss == pytest.approx(nats / tokens, rel=1e-4)
 
 
+def test_where_the_warm_start_ended_is_what_reinforcement_learning_has_to_beat(tiny, tmp_path):
+    class Worsens(EvenLength):
+        """Right for every answer of the base model's and the first step's validation, then for none."""
+
+        calls = 0
+
+        def is_right(self, example, answer):
+            self.calls += 1
+            return self.calls <= 2 * 8
+
+    settings = replace(SETTINGS, warm_start_steps=3, steps=1, validate_every=1)
+    trainer = Trainer(tiny, Worsens(), settings, tmp_path, "even")
+    validations = [step.validation for step in trainer.run()]
+    assert validations == [1, 1, 0, 0, 0]
+    expert = load_expert(trainer.expert_file, tiny.identity)
+    assert expert.training["best_step"] == 3
+    assert [row.correct for row in expert.accuracies] == [8, 0]
+
+
 @pytest.mark.parametrize("cut", [1, 3], ids=["in the warm start", "after it"])
 def test_training_with_a_warm_start_that_was_cut_off_ends_as_if_it_had_not_been(tiny, tmp_path, cut):
     settings = replace(SETTINGS, warm_start_steps=2, steps=2, decay_steps=1, validate_every=1)
