@@ -129,7 +129,7 @@ class TrainingStep:
 class Trainer:
     """Trains z for one task and writes the best expert so far, a log and a checkpoint into a folder.
 
-    The best is the one with the highest validation accuracy from the end of the warm start on.
+    The best is the one with the highest validation accuracy; once reinforcement learning has begun, of its own steps.
 
     Args:
         model: its adapted layers are the ones that are trained.
@@ -175,6 +175,9 @@ class Trainer:
         while self.step < self.last_step:
             started = time.perf_counter()
             self.step += 1
+            if self.step == settings.warm_start_steps + 1:
+                # The warm start is where reinforcement learning begins, and no rival of it.
+                self.best = self.base_validation
             step = self._imitation_step() if self.step <= settings.warm_start_steps else self._reinforcement_step()
             accuracy = None
             if self.step % settings.validate_every == 0 or self.step in (settings.warm_start_steps, self.last_step):
@@ -182,8 +185,7 @@ class Trainer:
             seconds = time.perf_counter() - started
             self.seconds += seconds
             if accuracy is not None:
-                # Where the warm start ended is what reinforcement learning has to beat, not the best it came by.
-                if accuracy > self.best or self.step <= settings.warm_start_steps:
+                if accuracy > self.best:
                     self.best = accuracy
                     self._save_best()
                 self._save_checkpoint()
