@@ -112,11 +112,10 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
     by_name = {expert.name: expert for expert in model.experts}
     named = options.experts if options.experts is not None else list(by_name) if not options.dispatch else []
     fixed = {BASE: None} | {name: mix(model.experts, {name: 1.0}) for name in named}
-    dispatchers = [
-        make_dispatcher(name, model, options.weights if name == MANUAL else None) for name in options.dispatch
-    ]
     if options.weights is not None and MANUAL not in options.dispatch:
-        raise ValueError("--weights belongs to --dispatch manual")
+        raise ValueError("weights belong to the manual dispatch, and --dispatch does not name it")
+    weights = {MANUAL: options.weights}
+    dispatchers = [make_dispatcher(name, model, weights.get(name)) for name in options.dispatch]
     kept = AnswerFile(options.answers) if options.answers is not None else None
     measured: list[Accuracy] = []
     for task in tasks:
