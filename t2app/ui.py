@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TITLE = "Transformer²"
 EXAMPLES = (
     "Compute 12 + 7. Reply with only the number.",
-    "What is 17 minus 9? Answer with just the number.",
+    "What is 19 minus 13? Answer with just the number.",
     "Please calculate 6 × 8 and reply with the number alone.",
     "Write a short poem about the sea.",
 )
