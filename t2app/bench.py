@@ -88,7 +88,12 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
 
     `kernel` is ours (bf16, few rows), `bf16` and `fp32` are torch's. What is best here decides nothing by itself: the
     choices are in `products.py` and `models.resolve_precision`, and this is what they were made on.
+
+    Raises:
+        ValueError: a precision is given that leaves nothing to compare.
     """
+    if precision == "fp32":
+        raise ValueError("the bench 'products' compares bf16 with fp32 by itself; leave --precision out")
     model = load_model(model_name, "bf16", layers=lambda path: False).adapted.model
     layers = [linear_layer(model, path) for path in block_linear_paths(model)]
     weight = max((layer.weight for layer in layers), key=torch.Tensor.numel).detach()

@@ -7,6 +7,7 @@ to standard error. Every command ends with exit code 0, or 1 and a sentence.
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS, pool_folder
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
 from t2app.dispatch import make_dispatcher
 from t2app.engine import Engine
 from t2app.evaluation import BASE, Accuracy, AnswerFile, evaluate, results_table, write_csv
@@ -33,6 +34,7 @@ LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with 1 and a sentence on standard error where it cannot be done."""
     options = _parser().parse_args(arguments)
+    options.command = shlex.join(sys.argv[1:] if arguments is None else arguments)
     if getattr(options, "data", None) is not None:
         os.environ[DATA_DIR_VARIABLE] = str(options.data)
     try:
@@ -130,19 +132,15 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
         measured += accuracies
     if options.csv is not None:
         write_csv(measured, options.csv)
-    if options.results:
+    if options.results is not None:
         _write_results(options, model, measured)
 
 
 def _write_results(options: argparse.Namespace, model: Model, measured: Sequence[Accuracy]) -> None:
-    """The table beside the model's experts, with the command that measured it."""
-    limit = f" --limit {options.limit}" if options.limit else ""
-    mixtures = f" --experts {','.join(options.experts)}" if options.experts is not None else ""
-    dispatches = f" --dispatch {','.join(options.dispatch)}" if options.dispatch else ""
-    path = pool_folder(options.model) / "RESULTS.md"
-    path.write_text(
+    """The table, with the command that measured it."""
+    options.results.write_text(
         f"# {model.name}\n\nGreedy answers on the test splits, weights held in {model.precision}. Written by\n\n"
-        f"```bash\npython -m t2app eval {' '.join(options.task)}{mixtures}{dispatches}{limit} --results\n```\n\n"
+        f"```bash\npython -m t2app {options.command}\n```\n\n"
         f"p is McNemar's exact test against the base model on the same examples.\n\n{results_table(measured)}",
         encoding="utf-8",
     )
@@ -296,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=_count, metavar="N", help="only the first N examples")
     command.add_argument("--answers", type=Path, metavar="FILE", help="keep answers there, and go on from those in it")
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
-    command.add_argument("--results", action="store_true", help="write RESULTS.md beside the model's experts")
+    command.add_argument("--results", type=Path, metavar="FILE", help="also write table and command there, as Markdown")
     command.set_defaults(run=evaluate_tasks)
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")

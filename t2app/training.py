@@ -194,9 +194,7 @@ class Trainer:
     def _imitation_step(self) -> TrainingStep:
         """One batch of solutions and one update towards them."""
         settings = self.settings
-        draw = random.Random(f"{settings.seed}-{self.step}")
-        examples = self._draw(draw)
-        prompts = [self.model.prompt_ids(example.prompt) for example in examples]
+        _, examples, prompts = self._batch()
         tokenizer, end = self.model.tokenizer, self.model.eos_ids[0]
         solutions = [[*tokenizer(example.solution, add_special_tokens=False)["input_ids"], end] for example in examples]
         tokens = sum(map(len, solutions))
@@ -210,16 +208,14 @@ class Trainer:
             part_loss = -(logs * mask).sum() / tokens
             part_loss.backward()
             loss += part_loss.item()
-        left = settings.warm_start_steps - self.step + 1
-        rate = settings.warm_start_learning_rate * min(1.0, left / (settings.warm_start_steps // 3 + 1))
+        left, decay_steps = settings.warm_start_steps - self.step + 1, settings.warm_start_steps // 3
+        rate = _decayed(settings.warm_start_learning_rate, left, decay_steps)
         return TrainingStep(self.step, None, loss, self._update(rate), tokens / len(prompts), 0.0)
 
     def _reinforcement_step(self) -> TrainingStep:
         """One batch of rollouts and one update."""
         settings = self.settings
-        draw = random.Random(f"{settings.seed}-{self.step}")
-        examples = self._draw(draw)
-        prompts = [self.model.prompt_ids(example.prompt) for example in examples]
+        draw, examples, prompts = self._batch()
         deltas = {path: delta.detach() for path, delta in self.deltas.items()}
         rollout = decode(
             self.model.adapted,
@@ -246,14 +242,17 @@ class Trainer:
             part = learning[start : start + step]
             loss = self._loss([prompts[i] for i in part], [groups[i] for i in part], advantages[list(part)])
             (loss / right.numel()).backward()
-        left = self.last_step - self.step + 1
-        rate = settings.learning_rate * min(1.0, left / (settings.decay_steps + 1))
+        rate = _decayed(settings.learning_rate, self.last_step - self.step + 1, settings.decay_steps)
         norm = self._update(rate) if learning else 0.0
         reward = right.float().mean().item()
         return TrainingStep(self.step, reward, None, norm, sum(map(len, rows)) / len(rows), 0.0)
 
-    def _draw(self, draw: random.Random) -> list[Example]:
-        return draw.sample(self.examples["train"], min(self.settings.prompts, len(self.examples["train"])))
+    def _batch(self) -> tuple[random.Random, list[Example], list[list[int]]]:
+        """This step's source of randomness, the examples drawn from it, and their prompts' token ids."""
+        draw = random.Random(f"{self.settings.seed}-{self.step}")
+        train = self.examples["train"]
+        examples = draw.sample(train, min(self.settings.prompts, len(train)))
+        return draw, examples, [self.model.prompt_ids(example.prompt) for example in examples]
 
     def _update(self, learning_rate: float) -> float:
         """Clip the gradient that has gathered and take one step along it; returns its norm before."""
@@ -356,6 +355,11 @@ def with_test_accuracies(expert: Expert, measured: Sequence[Accuracy]) -> Expert
     """The expert with its accuracies on the test split added to those on the validation split."""
     rows = [Measurement(row.task, "test", row.mixture, row.correct, row.n) for row in measured]
     return replace(expert, accuracies=(*(row for row in expert.accuracies if row.split != "test"), *rows))
+
+
+def _decayed(learning_rate: float, steps_left: int, decay_steps: int) -> float:
+    """The learning rate of a step: whole, or what a decay over the last steps leaves of it, never 0."""
+    return learning_rate * min(1.0, steps_left / (decay_steps + 1))
 
 
 def _advantages(right: Tensor, scheme: str) -> Tensor:

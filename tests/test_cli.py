@@ -85,6 +85,11 @@ def test_eval_of_several_tasks_goes_on_from_its_answers_and_writes_a_table(tmp_p
     assert json_lines(*arguments, "--csv", str(table)) == first
     assert len(answers.read_text().splitlines()) == 16
     assert len(table.read_text().splitlines()) == 5
+    results = tmp_path / "RESULTS.md"
+    json_lines(*arguments, "--results", str(results))
+    written = results.read_text()
+    assert f"python -m t2app {' '.join(arguments)} --results {results} --json" in written
+    assert all(f"| {row['task']} | {row['mixture']} | {row['accuracy']:.1%} |" in written for row in first)
 
 
 def test_paper_preset_adapts_the_mlp_with_plain_rewards_and_its_flags_can_be_changed(tmp_path):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from t2app.tasks.benchmark_data import only_test, rows, training_rows
+from t2app.tasks.benchmark_data import only_test, rows_with_validation
 from t2app.tasks.procedural import check_split
 from t2app.tasks.task import CATEGORIES, Example
 
@@ -31,8 +31,7 @@ class Arc:
         check_split(split)
         if self._config == "ARC-Challenge":
             only_test(self.name, split)
-        data = ("allenai/ai2_arc", self._config)
-        return [_example(row) for row in (rows(*data, split) if split == "test" else training_rows(*data, split))]
+        return [_example(row) for row in rows_with_validation("allenai/ai2_arc", self._config, split)]
 
     def is_right(self, example: Example, answer: str) -> bool:
         named = _LETTER.search(answer)

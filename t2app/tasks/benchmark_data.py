@@ -28,8 +28,10 @@ def rows(dataset: str, config: str, split: str) -> list[dict]:
     return _rows_of_folder(Path(folder), dataset, config, split) if folder else _rows_of_hub(dataset, config, split)
 
 
-def training_rows(dataset: str, config: str, split: str) -> list[dict]:
-    """`rows` of the training split, of which "validation" keeps a part that "train" does not have."""
+def rows_with_validation(dataset: str, config: str, split: str) -> list[dict]:
+    """`rows` of a benchmark without a validation split, which gets a part of the training rows instead."""
+    if split == "test":
+        return rows(dataset, config, split)
     return [
         row
         for number, row in enumerate(rows(dataset, config, "train"))

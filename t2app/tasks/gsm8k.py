@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from t2app.tasks.benchmark_data import rows, training_rows
+from t2app.tasks.benchmark_data import rows_with_validation
 from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split
 from t2app.tasks.task import CATEGORIES, Example
@@ -23,7 +23,7 @@ class Gsm8k:
     def examples(self, split: str) -> Sequence[Example]:
         """See `Task.examples`; raises ValueError where there is no such split, DataError where there is no data."""
         check_split(split)
-        return [_example(row) for row in (rows(*_DATA, split) if split == "test" else training_rows(*_DATA, split))]
+        return [_example(row) for row in rows_with_validation(*_DATA, split)]
 
     def is_right(self, example: Example, answer: str) -> bool:
         return last_number(answer) == last_number(example.answer)

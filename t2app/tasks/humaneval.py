@@ -1,6 +1,5 @@
 """HumanEval: Python functions to complete (Chen et al. 2021), checked by running its tests. For testing only."""
 
-import re
 from collections.abc import Sequence
 
 from t2app.sandbox import run_tests
@@ -33,5 +32,5 @@ def _example(row: dict) -> Example:
     # A program that only begins ends in a docstring, so a whole function after it is one more definition that counts.
     tests = (row["test"], f"check({row['entry_point']})")
     program = row["prompt"] + row["canonical_solution"]
-    beginning = re.sub(r"\n\s*$", "\n", row["prompt"])
+    beginning = row["prompt"].rstrip() + "\n"
     return Example(prompt, beginning, f"```python\n{program}```", tests=tests)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split, pick, sample, split_of
 from t2app.tasks.task import CATEGORIES, SPLITS, Example
 
@@ -52,7 +53,6 @@ _ODD = (
     "{words}: one of these is of another kind. Answer with just that word.",
     "Find the odd one out among {words}. Give only the word.",
 )
-_NUMBER = re.compile(r"\d+")
 
 
 class ReasoningBasics:
@@ -71,8 +71,7 @@ class ReasoningBasics:
     def is_right(self, example: Example, answer: str) -> bool:
         """Of the options the right one must be named and no other; without options the last number counts."""
         if not example.options:
-            numbers = _NUMBER.findall(answer)
-            return bool(numbers) and numbers[-1].lstrip("0") == example.answer.lstrip("0")
+            return last_number(answer) == last_number(example.answer)
         words = set(re.findall(r"\w+", answer.lower()))
         return words & {option.lower() for option in example.options} == {example.answer.lower()}
 
