@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from t2app.categories import CLASSIFIER
+
 PRECISIONS = ("auto", "fp32", "bf16")
 EXPERTS_FOLDER = Path(__file__).resolve().parent.parent / "experts"
 
@@ -61,5 +63,12 @@ def pool_folder(name: str, experts_folder: Path = EXPERTS_FOLDER) -> Path:
 
 
 def expert_files(name: str, experts_folder: Path = EXPERTS_FOLDER) -> list[Path]:
-    """The files of a model's experts, by name; the stem is the expert's name."""
-    return sorted(pool_folder(name, experts_folder).glob("*.safetensors"))
+    """The files of a model's experts that answers are mixed of, by name; the stem is the expert's name."""
+    files = sorted(pool_folder(name, experts_folder).glob("*.safetensors"))
+    return [file for file in files if file.stem != CLASSIFIER]
+
+
+def classifier_file(name: str, experts_folder: Path = EXPERTS_FOLDER) -> Path | None:
+    """The file of a model's classification expert, None where it has none."""
+    file = pool_folder(name, experts_folder) / f"{CLASSIFIER}.safetensors"
+    return file if file.exists() else None

@@ -20,13 +20,14 @@ from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
 from t2app.dispatch import make_dispatcher
 from t2app.engine import Engine
 from t2app.evaluation import BASE, Accuracy, AnswerFile, evaluate, results_table, write_csv
-from t2app.experts import load_expert, mix, save_expert
-from t2app.messages import DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token, as_json
+from t2app.experts import mix
+from t2app.figures import training_curve
+from t2app.messages import DEFAULT_DISPATCH, DISPATCHERS, MANUAL, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, is_mlp_path
-from t2app.tasks import TASKS, Example, Task, task_named
+from t2app.tasks import TASKS, Example, Task, Union, task_named
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
-from t2app.training import ADVANTAGES, PRESETS, Trainer, TrainingSettings, with_test_accuracies
+from t2app.training import ADVANTAGES, PRESETS, Trainer, TrainingSettings, processes
 
 LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
 
@@ -54,7 +55,8 @@ def answer(options: argparse.Namespace) -> None:
             _print_json(as_json(event))
         elif isinstance(event, Dispatched):
             mixture = ", ".join(f"{name}={weight:.2f}" for name, weight in event.weights.items())
-            print(f"task: {event.label or 'weights by hand'}   mixture: {mixture or 'no experts'}\n", flush=True)
+            print(f"task: {event.label or 'weights by hand'}   mixture: {mixture or 'no experts'}", flush=True)
+            print(f"({event.note})\n" if event.note else "", flush=True)
         elif isinstance(event, Token) and event.stream == "adapted":
             print(event.text, end="", flush=True)
         elif isinstance(event, Finished):
@@ -63,7 +65,7 @@ def answer(options: argparse.Namespace) -> None:
 
 def experts(options: argparse.Namespace) -> None:
     """List the model's experts."""
-    for expert in _load(options).experts:
+    for expert in _load(options).pool:
         if options.json:
             _print_json(
                 {
@@ -84,36 +86,55 @@ def experts(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train an expert, then measure base and expert on the test split and write that into its file."""
-    task = task_named(options.task)
-    preset = PRESETS[options.preset]
-    given = {field.name: getattr(options, field.name) for field in fields(TrainingSettings)}
-    settings = replace(preset.settings, **{name: value for name, value in given.items() if value is not None})
-    model = _load(options, many_rows=True, layers=LAYERS[options.layers or preset.layers])
-    trainer = Trainer(model, task, settings, options.out, options.name or task.label)
-    with tqdm(total=trainer.last_step, initial=trainer.step, desc=f"training {trainer.name}", unit="step") as bar:
+    tasks = [task_named(name) for name in options.task]
+    trainer = _trainer(options, tasks[0] if len(tasks) == 1 else Union(tasks))
+    # Of several processes, the first alone shows and measures.
+    first = processes().is_main_process
+    bar = {"total": trainer.last_step, "initial": trainer.step, "unit": "step", "disable": not first}
+    with tqdm(desc=f"training {trainer.name}", **bar) as bar:
         for step in trainer.run():
             bar.update(step.step - bar.n)
             reward = "warm start" if step.reward is None else f"{step.reward:.2f}"
             bar.set_postfix(reward=reward, validation=f"{trainer.best:.3f}")
-            if options.json:
+            if options.json and first:
                 _print_json(asdict(step))
-    expert = load_expert(trainer.expert_file, model.identity)
-    test = task.examples("test")[: options.test_limit]
-    mixtures = {BASE: None, expert.name: mix([expert], {expert.name: 1.0})}
-    measured = _evaluate(model, task, test, {name: [mixture] * len(test) for name, mixture in mixtures.items()})
-    save_expert(with_test_accuracies(expert, measured), trainer.expert_file)
+    if not first:
+        return
+    mixtures = {BASE: None, trainer.name: trainer.best_mixture()}
+    measured: list[Accuracy] = []
+    for task in tasks:
+        examples = task.examples("test")[: options.test_limit]
+        columns = {name: [mixture] * len(examples) for name, mixture in mixtures.items()}
+        measured += _evaluate(trainer.model, task, examples, columns)
+    trainer.add_test(measured, f"python -m t2app {options.command}")
+    training_curve({trainer.name: trainer.log.validations()}).write_html(options.out / "curve.html")
     _print_accuracies(measured, options.json)
     if not options.json:
-        print(f"expert written to {trainer.expert_file}")
+        print(f"written to {trainer.file}")
+
+
+def _trainer(options: argparse.Namespace, task: Task) -> Trainer:
+    """The training of an expert, or of a LoRA, that the options ask for."""
+    preset = PRESETS[options.preset]
+    given = {field.name: getattr(options, field.name) for field in fields(TrainingSettings)}
+    settings = replace(preset.settings, **{name: value for name, value in given.items() if value is not None})
+    layers, name = LAYERS[options.layers or preset.layers], options.name or task.label
+    if options.lora is None:
+        return Trainer(_load(options, many_rows=True, layers=layers), task, settings, options.out, name)
+    from t2app.lora import LoraTrainer, with_lora  # here, because peft takes seconds to import
+
+    model = _load(options, many_rows=True, layers=lambda path: False)
+    model = with_lora(model, filter(layers, model.identity.ranks), options.lora, settings.seed)
+    return LoraTrainer(model, task, settings, options.out, name)
 
 
 def evaluate_tasks(options: argparse.Namespace) -> None:
     """Measure the base model, the experts named and the dispatches named on the test split of each task."""
     tasks = [task_named(name) for name in options.task]
     model = _load(options, many_rows=True)
-    by_name = {expert.name: expert for expert in model.experts}
-    named = options.experts if options.experts is not None else list(by_name) if not options.dispatch else []
-    fixed = {BASE: None} | {name: mix(model.experts, {name: 1.0}) for name in named}
+    all_experts = [] if options.dispatch else [expert.name for expert in model.experts]
+    named = all_experts if options.experts is None else options.experts
+    fixed = {BASE: None} | {name: mix(model.pool, {name: 1.0}) for name in named}
     if options.weights is not None and MANUAL not in options.dispatch:
         raise ValueError("weights belong to the manual dispatch, and --dispatch does not name it")
     weights = {MANUAL: options.weights}
@@ -247,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("answer", parents=[common, dispatch], help="answer a prompt, adapted and base")
     command.add_argument("prompt", metavar="PROMPT")
-    command.add_argument("--dispatch", choices=DISPATCHERS, default=PROMPT, help="who decides the mixture")
+    command.add_argument("--dispatch", choices=DISPATCHERS, default=DEFAULT_DISPATCH, help="who decides the mixture")
     command.add_argument("--max-new-tokens", type=_count, default=Sampling.max_new_tokens, metavar="N")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T", help="0 is greedy")
     command.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P")
@@ -258,11 +279,16 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=experts)
 
     command = commands.add_parser("train", parents=[common, data], help="train an expert by reinforcement learning")
-    command.add_argument("task", metavar="TASK", choices=TASKS, help=f"one of {', '.join(TASKS)}")
+    command.add_argument(
+        "task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}; several in equal parts"
+    )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of expert, log and checkpoint")
     command.add_argument("--name", help="the expert's name (default: the task's label)")
     command.add_argument("--preset", choices=PRESETS, default="default", help="settings that the others then change")
     command.add_argument("--layers", choices=LAYERS, help="adapt all linear layers of the blocks, or those of the MLP")
+    command.add_argument(
+        "--lora", type=_count, metavar="RANK", help="train a LoRA of this rank instead of an expert, for comparison"
+    )
     defaults = PRESETS["default"].settings
     for name, kind, help_text in (
         ("warm_start_steps", int, "supervised steps before those of reinforcement learning"),
@@ -289,7 +315,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("eval", parents=[common, data, dispatch], help="measure accuracy on test splits")
     command.add_argument("task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}")
-    command.add_argument("--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all)")
+    command.add_argument(
+        "--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all but the classifier)"
+    )
     command.add_argument("--dispatch", type=_dispatchers, default=[], metavar="NAME,…", help="also what these mix")
     command.add_argument("--limit", type=_count, metavar="N", help="only the first N examples")
     command.add_argument("--answers", type=Path, metavar="FILE", help="keep answers there, and go on from those in it")

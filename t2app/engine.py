@@ -57,9 +57,8 @@ class Engine:
         with self._turn:
             started = time.perf_counter()
             decision = dispatcher.decide(prompt)
-            yield Dispatched(
-                decision.label, decision.weights, decision.probabilities, round(time.perf_counter() - started, 4)
-            )
+            seconds = round(time.perf_counter() - started, 4)
+            yield Dispatched(decision.label, decision.weights, decision.probabilities, seconds, decision.note)
             yield from self._second_pass(ids, decision, sampling)
 
     def _second_pass(self, ids: list[int], decision: Decision, sampling: Sampling) -> Iterator[Event]:

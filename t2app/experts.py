@@ -59,6 +59,7 @@ class Expert:
     label: the category of prompts it is for; description: one line that the first pass shows to the model.
     z: (rank,) float32 by layer path.
     training: the settings it was trained with, as JSON can hold them.
+    curve: steps and accuracies of the validations in its training.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Expert:
     z: Mapping[str, Tensor]
     training: Mapping[str, object] = field(default_factory=dict)
     accuracies: tuple[Measurement, ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -118,6 +120,7 @@ def save_expert(expert: Expert, path: Path) -> None:
         "description": expert.description,
         "training": json.dumps(dict(expert.training)),
         "accuracies": json.dumps([vars(measurement) for measurement in expert.accuracies]),
+        "curve": json.dumps(expert.curve),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -125,7 +128,13 @@ def save_expert(expert: Expert, path: Path) -> None:
         {name: z.detach().to("cpu", torch.float32).contiguous() for name, z in expert.z.items()}, partial, metadata
     )
     partial.replace(path)
-    path.with_suffix(".md").write_text(card(expert), encoding="utf-8")
+    facts = {
+        "model": f"{expert.weights.model}, revision {expert.weights.revision}",
+        "weights": f"{expert.weights.fingerprint[:16]}…",
+        "adapts": f"{len(expert.z)} layers, {expert.parameters:,} numbers",
+    }
+    text = card(expert.name, expert.description, facts | dict(expert.training), expert.accuracies, expert.curve)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
@@ -163,29 +172,31 @@ def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
         if not isinstance(training, dict):
             raise TypeError("the training settings are no object")
         accuracies = tuple(Measurement(**row) for row in json.loads(metadata.get("accuracies", "[]")))
-    except (json.JSONDecodeError, TypeError) as error:
+        curve = tuple((int(step), float(accuracy)) for step, accuracy in json.loads(metadata.get("curve", "[]")))
+    except (ValueError, TypeError) as error:
         raise ExpertError(f"{path} has metadata that cannot be read ({error})") from None
-    return Expert(path.stem, metadata["label"], metadata["description"], weights, z, training, accuracies)
+    return Expert(path.stem, metadata["label"], metadata["description"], weights, z, training, accuracies, curve)
 
 
-def card(expert: Expert) -> str:
-    """The expert's card: a few lines of Markdown made from what its file says."""
-    lines = [
-        f"# {expert.name}",
-        "",
-        expert.description,
-        "",
-        f"- model: {expert.weights.model}, revision {expert.weights.revision}",
-        f"- weights: {expert.weights.fingerprint[:16]}…",
-        f"- adapts: {len(expert.z)} layers, {expert.parameters:,} numbers",
-    ]
-    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in expert.training.items()]
-    if expert.accuracies:
+def card(
+    name: str,
+    description: str,
+    facts: Mapping[str, object],
+    accuracies: Iterable[Measurement],
+    curve: Iterable[tuple[int, float]],
+) -> str:
+    """A card in Markdown: what was trained, how, how right it is, and how it came to be so."""
+    lines = [f"# {name}", "", description, ""]
+    lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()]
+    if rows := list(accuracies):
         lines += ["", "| task | split | mixture | correct | n | accuracy |", "| --- | --- | --- | --- | --- | --- |"]
         lines += [
             f"| {row.task} | {row.split} | {row.mixture} | {row.correct} | {row.n} | {row.correct / row.n:.1%} |"
-            for row in expert.accuracies
+            for row in rows
         ]
+    if points := list(curve):
+        lines += ["", "| step | validation |", "| --- | --- |"]
+        lines += [f"| {step} | {accuracy:.1%} {'█' * round(20 * accuracy)} |" for step, accuracy in points]
     return "\n".join(lines) + "\n"
 
 

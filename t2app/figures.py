@@ -1,6 +1,6 @@
 """Plotly figures from plain data; they know nothing of models or of the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -40,5 +40,31 @@ def mixture_bars(weights: Mapping[str, float]) -> go.Figure:
         xaxis={"range": [low * 1.15, high * 1.12], "gridcolor": _GRID_COLOUR, "zerolinecolor": _TEXT_COLOUR},
         yaxis={"categoryorder": "array", "categoryarray": names[::-1], "automargin": True},
         showlegend=False,
+    )
+    return figure
+
+
+def training_curve(validations: Mapping[str, Sequence[tuple[int, float]]]) -> go.Figure:
+    """Validation accuracy by step, a line for each training."""
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=[step for step, _ in points],
+                y=[accuracy for _, accuracy in points],
+                name=name,
+                mode="lines+markers",
+                line_color=_COLOURS[i % len(_COLOURS)],
+                hovertemplate="step %{x}: %{y:.1%}<extra>%{fullData.name}</extra>",
+            )
+            for i, (name, points) in enumerate(validations.items())
+        ]
+    )
+    figure.update_layout(
+        xaxis={"title": "step", "gridcolor": _GRID_COLOUR},
+        yaxis={"title": "accuracy on validation", "tickformat": ".0%", "range": [0, 1], "gridcolor": _GRID_COLOUR},
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"color": _TEXT_COLOUR, "size": 13},
+        showlegend=len(validations) > 1,
     )
     return figure

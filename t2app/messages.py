@@ -5,9 +5,12 @@ before a model can be loaded.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from t2app.categories import CLASSIFIER
+
 # The ways to decide a mixture, as the command line and the page name them.
 PROMPT, MANUAL = "prompt", "manual"
-DISPATCHERS = (PROMPT, MANUAL)
+DISPATCHERS = (CLASSIFIER, PROMPT, MANUAL)
+DEFAULT_DISPATCH = CLASSIFIER
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """The first pass is done. `probabilities` is None where the dispatch has none."""
+    """The first pass is done.
+
+    `probabilities` is None where the dispatch has none; `note` is a sentence on why it did not do as it was asked, None
+    where it did.
+    """
 
     label: str | None
     weights: Mapping[str, float]
     probabilities: Mapping[str, float] | None
     seconds: float
+    note: str | None = None
 
 
 @dataclass(frozen=True)

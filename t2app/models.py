@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from t2app.catalogue import DEFAULT_MODEL, EXPERTS_FOLDER, PRECISIONS, expert_files, title_of
+from t2app.catalogue import DEFAULT_MODEL, EXPERTS_FOLDER, PRECISIONS, classifier_file, expert_files, title_of
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, WeightsIdentity, load_expert
 from t2app.products import has_bfloat16_arithmetic, use_fast_products
@@ -25,6 +25,8 @@ class Model:
     Attributes:
         name: the catalogue's name, the hub name or the folder's name.
         adapted: the model with a spectral edit beside the layers that its experts (or a training) adapt.
+        experts: those that answers are mixed of.
+        classifier: the classification expert, which only the first pass asks; None where there is none.
         eos_ids: token ids that end a turn.
         context_length: tokens that prompt and answer may have together.
     """
@@ -35,8 +37,14 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
     identity: WeightsIdentity
     experts: tuple[Expert, ...]
+    classifier: Expert | None
     eos_ids: tuple[int, ...]
     context_length: int
+
+    @property
+    def pool(self) -> tuple[Expert, ...]:
+        """All experts there are, the classification expert last."""
+        return self.experts if self.classifier is None else (*self.experts, self.classifier)
 
     @property
     def parameters(self) -> int:
@@ -85,8 +93,10 @@ def load_model(
     title = title_of(name)
     identity = identity_of(model, title, revision or getattr(model.config, "_commit_hash", None) or "local")
     experts = tuple(load_expert(file, identity) for file in expert_files(name, experts_folder))
+    file = classifier_file(name, experts_folder)
+    classifier = None if file is None else load_expert(file, identity)
     if layers is None:
-        adapted_by_experts = {path for expert in experts for path in expert.z}
+        adapted_by_experts = {path for expert in (*experts, *filter(None, [classifier])) for path in expert.z}
         layers = adapted_by_experts.__contains__
     bases = _bases(model, identity.fingerprint, [path for path in identity.ranks if layers(path)], progress)
     use_fast_products(model, cache_folder() / "kernels")
@@ -100,6 +110,7 @@ def load_model(
         tokenizer=tokenizer,
         identity=identity,
         experts=experts,
+        classifier=classifier,
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         context_length=model.config.max_position_embeddings,
     )

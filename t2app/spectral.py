@@ -146,6 +146,13 @@ class SpectralModel:
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """New z − 1 (rank,) of every layer in float32, all 0: as a mixture, the model as it is."""
+        return {
+            path: nn.Parameter(torch.zeros(len(layer.vectors), device=layer.vectors.device))
+            for path, layer in self.layers.items()
+        }
+
     def plan(self, rows: Sequence[Deltas | None]) -> dict[str, RowDeltas | None]:
         """What every layer does to a batch whose row i is adapted by rows[i]; None is the model as it is."""
         return {

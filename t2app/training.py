@@ -10,30 +10,34 @@ What differs from the paper's recipe (section 3.1, and the authors' code), by de
 5. A few supervised steps come first: sampled at temperature 1 the embedded model is right so rarely that most groups
    of its answers say nothing. `warm_start_steps=0` is RL alone.
 
+Started by `accelerate launch` in several processes, each takes its share of every batch and all make the same update.
 This file does not know where examples come from, and nothing of dispatch.
 """
 
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from t2app.decoding import answer_log_probabilities, collected, decode
 from t2app.evaluation import Accuracy, evaluate
-from t2app.experts import Expert, Measurement, save_expert
+from t2app.experts import Expert, Measurement, load_expert, mix, save_expert
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.tasks import Example, Task
+from t2app.training_log import TrainingLog
 
 ADVANTAGES = ("group", "plain")
-# Bounds the memory of an update: logits are rows × answer tokens × vocabulary.
-_UPDATE_ROWS = 64
+# Answer tokens, padding included, of one part of an update. Bounds its memory: logits are tokens × vocabulary.
+_PART_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -137,32 +141,37 @@ class Trainer:
         name: the expert's name.
 
     Raises:
-        ValueError: the folder holds a training with other settings.
+        ValueError: the folder holds a training with other settings, or there are more processes than prompts a step.
     """
 
     def __init__(self, model: Model, task: Task, settings: TrainingSettings, out: Path, name: str):
         self.model, self.task, self.settings, self.out, self.name = model, task, settings, out, name
-        self.deltas = {
-            path: nn.Parameter(torch.zeros(len(layer.vectors), device=layer.vectors.device))
-            for path, layer in model.adapted.layers.items()
-        }
-        self.optimizer = torch.optim.Adam(self.deltas.values(), lr=settings.learning_rate)
+        self.processes = processes()
+        self.parameters = model.adapted.trainable()
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate)
         self.step = 0
         self.best = 0.0
+        self.best_step = 0
         self.base_validation = 0.0
         self.seconds = 0.0
         self.examples = {split: task.examples(split) for split in ("train", "validation")}
         held_out = self.examples["validation"]
         self.validation = random.Random(0).sample(held_out, min(settings.validation_limit, len(held_out)))
+        smallest = min(settings.prompts, len(self.examples["train"]), len(self.validation))
+        if self.processes.num_processes > smallest:
+            raise ValueError(f"{self.processes.num_processes} processes cannot share batches of {smallest} prompts")
         out.mkdir(parents=True, exist_ok=True)
-        self._resume()
+        resumed = self._resume()
+        self.log = TrainingLog(out, self.step if resumed else None) if self.processes.is_main_process else None
+        self.processes.wait_for_everyone()
 
     @property
     def last_step(self) -> int:
         return self.settings.warm_start_steps + self.settings.steps
 
     @property
-    def expert_file(self) -> Path:
+    def file(self) -> Path:
+        """Where the best expert so far is."""
         return self.out / f"{self.name}.safetensors"
 
     def run(self) -> Iterator[TrainingStep]:
@@ -170,7 +179,7 @@ class Trainer:
         if self.step == 0:
             self.base_validation = self.best = self._validate()
             self._save_best()
-            yield self._log(TrainingStep(0, None, None, 0.0, 0.0, 0.0, self.best))
+            yield self._logged(TrainingStep(0, None, None, 0.0, 0.0, 0.0, self.best))
         settings = self.settings
         while self.step < self.last_step:
             started = time.perf_counter()
@@ -189,7 +198,25 @@ class Trainer:
                     self.best = accuracy
                     self._save_best()
                 self._save_checkpoint()
-            yield self._log(replace(step, seconds=seconds, validation=accuracy))
+            yield self._logged(replace(step, seconds=seconds, validation=accuracy))
+
+    def best_mixture(self) -> Mapping[str, Tensor] | None:
+        """The best so far as it was written, as a mixture of the model's rows."""
+        return mix([load_expert(self.file, self.model.identity)], {self.name: 1.0})
+
+    def add_test(self, measured: Sequence[Accuracy], command: str) -> None:
+        """Write what was measured on the test split, the curve of this training and its command to the best so far."""
+        expert = load_expert(self.file, self.model.identity)
+        rows = [Measurement(row.task, "test", row.mixture, row.correct, row.n) for row in measured]
+        save_expert(
+            replace(
+                expert,
+                training={**expert.training, "seconds": round(self.seconds), "command": command},
+                accuracies=(*(row for row in expert.accuracies if row.split != "test"), *rows),
+                curve=self.log.validations(),
+            ),
+            self.file,
+        )
 
     def _imitation_step(self) -> TrainingStep:
         """One batch of solutions and one update towards them."""
@@ -198,33 +225,36 @@ class Trainer:
         tokenizer, end = self.model.tokenizer, self.model.eos_ids[0]
         solutions = [[*tokenizer(example.solution, add_special_tokens=False)["input_ids"], end] for example in examples]
         tokens = sum(map(len, solutions))
+        mine = self._share(range(len(prompts)))
         loss = 0.0
         self.optimizer.zero_grad()
-        for start in range(0, len(prompts), _UPDATE_ROWS):
-            part = slice(start, start + _UPDATE_ROWS)
+        for part in _parts(mine, [len(solution) for solution in solutions]):
             logs, mask = answer_log_probabilities(
-                self.model.adapted, prompts[part], [[solution] for solution in solutions[part]], self.deltas
+                self.model.adapted, [prompts[i] for i in part], [[solutions[i]] for i in part], self.parameters
             )
             part_loss = -(logs * mask).sum() / tokens
             part_loss.backward()
             loss += part_loss.item()
         left, decay_steps = settings.warm_start_steps - self.step + 1, settings.warm_start_steps // 3
-        rate = _decayed(settings.warm_start_learning_rate, left, decay_steps)
-        return TrainingStep(self.step, None, loss, self._update(rate), tokens / len(prompts), 0.0)
+        norm = self._update(_decayed(settings.warm_start_learning_rate, left, decay_steps))
+        [loss] = self._totals(loss)
+        return TrainingStep(self.step, None, loss, norm, tokens / len(prompts), 0.0)
 
     def _reinforcement_step(self) -> TrainingStep:
         """One batch of rollouts and one update."""
         settings = self.settings
         draw, examples, prompts = self._batch()
-        deltas = {path: delta.detach() for path, delta in self.deltas.items()}
+        seeds = self._share([draw.getrandbits(48) for _ in prompts])
+        answered = len(prompts) * settings.samples
+        examples, prompts = self._share(examples), self._share(prompts)
         rollout = decode(
             self.model.adapted,
             prompts,
-            [deltas] * len(prompts),
+            [self._mixture()] * len(prompts),
             Sampling(self.task.max_new_tokens, settings.temperature),
             self.model.eos_ids,
             settings.samples,
-            [draw.getrandbits(48) for _ in prompts],
+            seeds,
         )
         rows = collected(rollout)
         answers = [self.model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -233,19 +263,16 @@ class Trainer:
         ).view(len(prompts), settings.samples)
         advantages = _advantages(right, settings.advantage)  # (prompts, samples)
         groups = [rows[i * settings.samples : (i + 1) * settings.samples] for i in range(len(prompts))]
-        learning = range(len(prompts))
-        if settings.kl_weight == 0:
-            learning = [i for i in learning if advantages[i].any()]
+        # Where all advantages are 0 there is nothing to learn, unless from the divergence.
+        learning = [i for i in range(len(prompts)) if settings.kl_weight or advantages[i].any()]
         self.optimizer.zero_grad()
-        step = max(1, _UPDATE_ROWS // settings.samples)
-        for start in range(0, len(learning), step):
-            part = learning[start : start + step]
-            loss = self._loss([prompts[i] for i in part], [groups[i] for i in part], advantages[list(part)])
-            (loss / right.numel()).backward()
+        for part in _parts(learning, [settings.samples * max(map(len, group)) for group in groups]):
+            loss = self._loss([prompts[i] for i in part], [groups[i] for i in part], advantages[part])
+            (loss / answered).backward()
+        right_answers, tokens, learned = self._totals(right.sum().item(), sum(map(len, rows)), len(learning))
         rate = _decayed(settings.learning_rate, self.last_step - self.step + 1, settings.decay_steps)
-        norm = self._update(rate) if learning else 0.0
-        reward = right.float().mean().item()
-        return TrainingStep(self.step, reward, None, norm, sum(map(len, rows)) / len(rows), 0.0)
+        norm = self._update(rate) if learned else 0.0
+        return TrainingStep(self.step, right_answers / answered, None, norm, tokens / answered, 0.0)
 
     def _batch(self) -> tuple[random.Random, list[Example], list[list[int]]]:
         """This step's source of randomness, the examples drawn from it, and their prompts' token ids."""
@@ -254,9 +281,26 @@ class Trainer:
         examples = draw.sample(train, min(self.settings.prompts, len(train)))
         return draw, examples, [self.model.prompt_ids(example.prompt) for example in examples]
 
+    def _share(self, batch: Sequence) -> Sequence:
+        """What this process takes of a batch that all of them drew."""
+        return batch[self.processes.process_index :: self.processes.num_processes]
+
+    def _totals(self, *shares: float) -> list[float]:
+        """The sums over all processes."""
+        return reduce(torch.tensor(shares, dtype=torch.float64, device=self.model.adapted.model.device), "sum").tolist()
+
+    def _mixture(self) -> dict[str, Tensor]:
+        """What is trained as it now is, as a mixture to decode by."""
+        return {path: parameter.detach() for path, parameter in self.parameters.items()}
+
     def _update(self, learning_rate: float) -> float:
-        """Clip the gradient that has gathered and take one step along it; returns its norm before."""
-        norm = nn.utils.clip_grad_norm_(self.deltas.values(), self.settings.clip_norm)
+        """Add up all processes' gradients, clip the sum and take one step along it; returns its norm before."""
+        parameters = list(self.parameters.values())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        total = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -265,7 +309,7 @@ class Trainer:
     def _loss(self, prompts: Sequence, groups: Sequence[Sequence[Sequence[int]]], advantages: Tensor) -> Tensor:
         """−Σ A·log π_z(answer) + λ·Σ KL over the answers of some prompts; advantages is (prompts, samples)."""
         temperature = self.settings.temperature
-        logs, mask = answer_log_probabilities(self.model.adapted, prompts, groups, self.deltas, temperature)
+        logs, mask = answer_log_probabilities(self.model.adapted, prompts, groups, self.parameters, temperature)
         loss = -(advantages.to(logs.device).view(-1, 1) * logs * mask).sum()
         if self.settings.kl_weight:
             with torch.no_grad():
@@ -276,70 +320,81 @@ class Trainer:
         return loss
 
     def _validate(self) -> float:
-        deltas = {path: delta.detach() for path, delta in self.deltas.items()}
-        mixtures = {self.name: [deltas] * len(self.validation)}
-        [measured] = evaluate(self.model, self.task, self.validation, mixtures)
-        return measured.accuracy
+        mine = self._share(self.validation)
+        [measured] = evaluate(self.model, self.task, mine, {self.name: [self._mixture()] * len(mine)})
+        [correct] = self._totals(measured.correct)
+        return correct / len(self.validation)
 
     def _save_best(self) -> None:
-        """Write the expert as it now is, with its validation accuracy."""
-        n = len(self.validation)
-        measured = [("base", self.base_validation), (self.name, self.best)]
-        settings = asdict(self.settings) | {"task": self.task.name, "best_step": self.step}
+        """Write what is trained as it now is, with its validation accuracy."""
+        self.best_step = self.step
+        if self.processes.is_main_process:
+            self._write()
+
+    def _write(self) -> None:
+        """Write the expert as it now is."""
         expert = Expert(
             name=self.name,
             label=self.task.label,
             description=self.task.description,
             weights=self.model.identity,
-            z={path: 1 + delta.detach() for path, delta in self.deltas.items()},
-            training=settings | {"precision": self.model.precision, "seconds": round(self.seconds)},
-            accuracies=tuple(
-                Measurement(self.task.name, "validation", mixture, round(accuracy * n), n)
-                for mixture, accuracy in measured
-            ),
+            z={path: 1 + delta for path, delta in self._mixture().items()},
+            training=self._facts(),
+            accuracies=self._validation_accuracies(),
         )
-        save_expert(expert, self.expert_file)
+        save_expert(expert, self.file)
 
-    def _log(self, step: TrainingStep) -> TrainingStep:
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(asdict(step)) + "\n")
+    def _facts(self) -> dict[str, object]:
+        """Settings and circumstances of the training, as a card tells them."""
+        facts = asdict(self.settings) | {"task": self.task.name, "best_step": self.best_step}
+        return facts | {"precision": self.model.precision, "seconds": round(self.seconds)}
+
+    def _validation_accuracies(self) -> tuple[Measurement, ...]:
+        n = len(self.validation)
+        return tuple(
+            Measurement(self.task.name, "validation", mixture, round(accuracy * n), n)
+            for mixture, accuracy in (("base", self.base_validation), (self.name, self.best))
+        )
+
+    def _logged(self, step: TrainingStep) -> TrainingStep:
+        if self.log is not None:
+            self.log.add(asdict(step))
         return step
 
     def _save_checkpoint(self) -> None:
-        state = {
-            "settings": json.dumps(self._identity()),
-            "step": self.step,
-            "best": self.best,
-            "base_validation": self.base_validation,
-            "seconds": self.seconds,
-            "deltas": {path: delta.detach() for path, delta in self.deltas.items()},
-            "optimizer": self.optimizer.state_dict(),
-        }
-        partial = self.out / "checkpoint.partial"
-        torch.save(state, partial)
-        partial.replace(self.out / "checkpoint.pt")
+        if self.processes.is_main_process:
+            state = {
+                "settings": json.dumps(self._identity()),
+                "step": self.step,
+                "best": self.best,
+                "best_step": self.best_step,
+                "base_validation": self.base_validation,
+                "seconds": self.seconds,
+                "parameters": self._mixture(),
+                "optimizer": self.optimizer.state_dict(),
+            }
+            partial = self.out / "checkpoint.partial"
+            torch.save(state, partial)
+            partial.replace(self.out / "checkpoint.pt")
+        self.processes.wait_for_everyone()
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go back to where the folder's checkpoint was written; says whether there is one."""
         file = self.out / "checkpoint.pt"
         if not file.exists():
-            # Cut off before its first checkpoint, a training starts anew, and so does its log.
-            (self.out / "log.jsonl").unlink(missing_ok=True)
-            return
-        state = torch.load(file, weights_only=True)
+            return False
+        state = torch.load(file, weights_only=True, map_location=self.model.adapted.model.device)
         if json.loads(state["settings"]) != self._identity():
             raise ValueError(
                 f"{self.out} holds a training with other settings ({state['settings']}); give another folder, "
                 "or remove it to start anew"
             )
-        for path, delta in state["deltas"].items():
-            self.deltas[path].data.copy_(delta)
+        for path, value in state["parameters"].items():
+            self.parameters[path].data.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
-        self.base_validation = state["base_validation"]
-        # Steps after the last checkpoint are done again: their lines go, so that the log has each step once.
-        log = self.out / "log.jsonl"
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-        log.write_text("".join(f"{line}\n" for line in kept))
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.base_validation, self.seconds = state["base_validation"], state["seconds"]
+        return True
 
     def _identity(self) -> dict:
         """What must be the same for a training to be resumed; more steps may be asked for."""
@@ -347,14 +402,26 @@ class Trainer:
         return settings | {
             "task": self.task.name,
             "weights": self.model.identity.fingerprint,
-            "layers": list(self.deltas),
+            "parameters": {path: list(parameter.shape) for path, parameter in self.parameters.items()},
         }
 
 
-def with_test_accuracies(expert: Expert, measured: Sequence[Accuracy]) -> Expert:
-    """The expert with its accuracies on the test split added to those on the validation split."""
-    rows = [Measurement(row.task, "test", row.mixture, row.correct, row.n) for row in measured]
-    return replace(expert, accuracies=(*(row for row in expert.accuracies if row.split != "test"), *rows))
+def processes() -> PartialState:
+    """The processes that make this training together, and which of them this is; mostly there is one."""
+    # Without a GPU it has to be told, or it sees no others.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _parts(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The rows by rising length, cut so that each part, padded, has at most _PART_TOKENS tokens, or is one row."""
+    part: list[int] = []
+    for row in sorted(rows, key=lengths.__getitem__):
+        if part and (len(part) + 1) * lengths[row] > _PART_TOKENS:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
 
 
 def _decayed(learning_rate: float, steps_left: int, decay_steps: int) -> float:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from t2app.catalogue import CATALOGUE, expert_files
+from t2app.categories import CLASSIFIER
 from t2app.figures import mixture_bars
 from t2app.loading import EngineLoader
-from t2app.messages import DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token
+from t2app.messages import DEFAULT_DISPATCH, DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
@@ -28,7 +29,11 @@ EXAMPLES = (
     "Write a short poem about the sea.",
 )
 MAX_PROMPT_CHARACTERS = 20_000
-_DISPATCH_TITLES = {PROMPT: "Prompt: the base model names the category", MANUAL: "By hand: the sliders decide"}
+_DISPATCH_TITLES = {
+    CLASSIFIER: "Classifier: an expert trained for it names the category",
+    PROMPT: "Prompt: the base model names the category",
+    MANUAL: "By hand: the sliders decide",
+}
 _LOAD_POLL_SECONDS = 0.3
 
 THEME = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -75,7 +80,7 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         with gr.Accordion("Settings", open=False):
             dispatch = gr.Radio(
                 [(_DISPATCH_TITLES[name], name) for name in DISPATCHERS],
-                value=PROMPT,
+                value=DEFAULT_DISPATCH,
                 label="Dispatch",
                 info="Who decides the weights",
                 elem_id="dispatch",
@@ -104,7 +109,7 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
         for slider in sliders:
             slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
-        give_back.click(lambda: PROMPT, outputs=dispatch, queue=False, api_visibility="private")
+        give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
         page.load(
             partial(_watch_loading, loader),
             outputs=[status, facts],
@@ -182,7 +187,8 @@ def _describe(event: Dispatched) -> str:
     if event.label is None:
         return "Weights set by hand."
     confidence = f" · {event.probabilities[event.label]:.0%} sure" if event.probabilities else ""
-    return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s"
+    note = f" · {event.note}" if event.note else ""
+    return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s{note}"
 
 
 def _buttons(running: bool) -> list:

@@ -187,3 +187,18 @@ def test_numbers_count_by_value_and_not_by_how_they_are_written():
     for answer in ("8 - 3 = 5", "5.0", "He has 5 cakes.", "$5.00"):
         assert TASKS["svamp"].is_right(example, answer)
     assert not TASKS["svamp"].is_right(Example("", "5", "5"), "-5")
+
+
+def test_dispatch_is_tested_on_sources_and_wordings_that_it_is_not_trained_on():
+    task = TASKS["dispatch"]
+    seen = {example.prompt for split in ("train", "validation") for example in task.examples(split)}
+    test = task.examples("test")
+    assert not seen & {example.prompt for example in test}
+    asked = {TASKS[name].examples("test")[0].prompt: TASKS[name].label for name in ("gsm8k", "mbpp", "arc-easy")}
+    for prompt, label in asked.items():
+        [example] = [example for example in test if prompt in example.prompt]
+        assert example.answer == label
+        # What a benchmark's prompts have in common is its wording: the sentence that follows the row's own text.
+        wording = prompt.splitlines()[1 if label == "code" else -1]
+        assert not any(wording in prompt for prompt in seen)
+    assert sum(example.answer == "other" for example in test) == 125

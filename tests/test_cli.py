@@ -27,7 +27,8 @@ def json_lines(*arguments: str) -> list[dict]:
 def test_answer_prints_the_events_of_the_contract():
     prompt = "Compute 12 + 7. Reply with only the number."
     first, *tokens, last = json_lines("answer", prompt, "--dispatch", "manual", "--weights", "math=1")
-    assert first["event"] == "dispatched" and first["weights"] == {"math": 1.0} and first["seconds"] >= 0
+    assert first["event"] == "dispatched" and first["seconds"] >= 0
+    assert {name: weight for name, weight in first["weights"].items() if weight} == {"math": 1.0}
     assert {token["event"] for token in tokens} == {"token"}
     assert {token["stream"] for token in tokens} == {"base", "adapted"}
     assert last["event"] == "finished" and last["adapted"] == "".join(

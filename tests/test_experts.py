@@ -8,14 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2app.catalogue import expert_files
+from t2app.catalogue import classifier_file, expert_files
 from t2app.experts import (
     FORMAT_VERSION,
     Expert,
     ExpertError,
     Measurement,
     WeightsIdentity,
-    card,
     load_expert,
     mix,
     save_expert,
@@ -48,6 +47,7 @@ def test_expert_that_is_written_is_read_back_as_it_was(tmp_path):
         MATH,
         training={"steps": 3, "learning_rate": 2e-3, "advantage": "group"},
         accuracies=(Measurement("arithmetic", "test", "base", 5, 10), Measurement("arithmetic", "test", "math", 7, 10)),
+        curve=((0, 0.5), (10, 0.7)),
     )
     file = tmp_path / "new" / "math.safetensors"
     save_expert(expert, file)
@@ -80,11 +80,20 @@ def test_pool_is_all_experts_of_a_models_folder_by_name_and_empty_without_the_fo
     assert expert_files("owner/other", tmp_path) == []
 
 
+def test_classification_expert_lies_in_the_folder_and_is_not_mixed(tmp_path):
+    assert classifier_file("owner/name", tmp_path) is None
+    file = tmp_path / "owner--name" / "classifier.safetensors"
+    for expert in (MATH, replace(CODE, name="classifier")):
+        save_expert(expert, file.with_name(f"{expert.name}.safetensors"))
+    assert classifier_file("owner/name", tmp_path) == file
+    assert [file.stem for file in expert_files("owner/name", tmp_path)] == ["math"]
+
+
 def test_card_says_what_the_file_says(tmp_path):
-    expert = replace(MATH, training={"best_step": 40}, accuracies=(Measurement("arithmetic", "test", "math", 7, 10),))
+    accuracies = (Measurement("arithmetic", "test", "math", 7, 10),)
+    expert = replace(MATH, training={"best_step": 40}, accuracies=accuracies, curve=((0, 0.2), (40, 0.7)))
     save_expert(expert, tmp_path / "math.safetensors")
     text = (tmp_path / "math.md").read_text(encoding="utf-8")
-    assert text == card(expert)
     assert text.startswith("# math\n\ncalculating — ×, ÷\n")
     for line in (
         "- model: tiny, revision r1",
@@ -92,6 +101,7 @@ def test_card_says_what_the_file_says(tmp_path):
         "- adapts: 2 layers, 7 numbers",
         "- best step: 40",
         "| arithmetic | test | math | 7 | 10 | 70.0% |",
+        "| 40 | 70.0% ██████████████ |",
     ):
         assert line in text.splitlines()
 
@@ -204,6 +214,7 @@ def test_safetensors_file_without_metadata_is_refused(tmp_path):
         ({"training": "{"}, "has metadata that cannot be read"),
         ({"training": "[1]"}, "has metadata that cannot be read"),
         ({"accuracies": '[{"task": "arithmetic"}]'}, "has metadata that cannot be read"),
+        ({"curve": "[[1]]"}, "has metadata that cannot be read"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(tmp_path, metadata, message):

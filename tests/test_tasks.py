@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from t2app.tasks import SPLITS, TASKS, Example, task_named
+from t2app.categories import LABELS
+from t2app.tasks import SPLITS, TASKS, Example, Union, task_named
 
 ARITHMETIC = TASKS["arithmetic"]
 # The tasks that make their own examples.
@@ -182,3 +183,53 @@ def test_a_task_is_registered_under_its_name_and_says_what_it_is_for(name):
     assert task.name == name
     assert task.label and task.max_new_tokens > 0
     assert task.description and "\n" not in task.description
+
+
+class Echo:
+    """Says that an answer is right where it is the example's; has as many examples as it is told."""
+
+    label = "math"
+    description = "echoes"
+
+    def __init__(self, name: str, counts: dict[str, int], max_new_tokens: int):
+        self.name, self.counts, self.max_new_tokens = name, counts, max_new_tokens
+
+    def examples(self, split: str) -> list[Example]:
+        return [Example(f"{self.name} {number}", self.name, self.name) for number in range(self.counts[split])]
+
+    def is_right(self, example: Example, answer: str) -> bool:
+        return answer == f"{self.name}!"
+
+
+def test_union_takes_equal_shares_repeats_for_training_only_and_asks_each_task_about_its_own_examples():
+    small = Echo("small", {"train": 2, "validation": 1, "test": 3}, 4)
+    large = Echo("large", {"train": 5, "validation": 4, "test": 3}, 9)
+    union = Union([small, large])
+    assert (union.name, union.label, union.max_new_tokens) == ("small+large", "math", 9)
+    for split, share, distinct in (("train", 5, 2 + 5), ("validation", 1, 2), ("test", 3, 6)):
+        examples = union.examples(split)
+        assert Counter(example.answer for example in examples) == {"small": share, "large": share}
+        assert len({example.prompt for example in examples}) == distinct
+        assert all(union.is_right(example, f"{example.answer}!") for example in examples)
+        assert not any(union.is_right(example, example.answer) for example in examples)
+
+
+def test_union_of_tasks_of_several_categories_is_refused():
+    with pytest.raises(ValueError, match="arithmetic, code-basics are of code, math; train an expert for each"):
+        Union([TASKS["arithmetic"], TASKS["code-basics"]])
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_dispatch_task_asks_for_the_category_of_prompts_of_all_labels(split):
+    examples = TASKS["dispatch"].examples(split)
+    assert {example.answer for example in examples} == set(LABELS)
+    assert len({example.prompt for example in examples}) == len(examples)
+    assert Counter(example.answer for example in examples)["other"] > len(examples) / 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("math", True), ("Math.", True), ("math, I think", True), ("code", False), ("It is math", False), ("", False)],
+)
+def test_dispatch_task_takes_the_first_word_of_an_answer(answer, right):
+    assert TASKS["dispatch"].is_right(Example("", "math", "math", LABELS), answer) is right

@@ -65,7 +65,7 @@ SETTINGS = TrainingSettings(
 
 
 def values(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {path: delta.detach().clone() for path, delta in trainer.deltas.items()}
+    return {path: delta.detach().clone() for path, delta in trainer.parameters.items()}
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -99,11 +99,11 @@ def test_plain_advantage_is_plus_or_minus_one():
 def test_a_step_changes_every_z_and_nothing_else(tiny, tmp_path):
     before = {name: value.clone() for name, value in tiny.adapted.model.state_dict().items()}
     trainer = Trainer(tiny, EvenLength(), SETTINGS, tmp_path, "even")
-    assert all(not delta.any() for delta in trainer.deltas.values())
+    assert all(not delta.any() for delta in trainer.parameters.values())
     first = list(islice(trainer.run(), 2))[1]
     assert 0 < first.reward < 1 and first.gradient_norm > 0
-    assert all(delta.any() and delta.isfinite().all() for delta in trainer.deltas.values())
-    assert trainer.deltas.keys() == tiny.adapted.layers.keys()
+    assert all(delta.any() and delta.isfinite().all() for delta in trainer.parameters.values())
+    assert trainer.parameters.keys() == tiny.adapted.layers.keys()
     assert_same(tiny.adapted.model.state_dict(), before)
     assert all(parameter.grad is None for parameter in tiny.adapted.model.parameters())
 
@@ -159,7 +159,7 @@ def test_steps_of_reinforcement_learning_do_not_compete_with_those_of_the_warm_s
     settings = replace(SETTINGS, warm_start_steps=1, steps=1, validate_every=1)
     trainer = Trainer(tiny, WorsensThenRecovers(), settings, tmp_path, "even")
     assert [step.validation for step in trainer.run()] == [0, 1, 0.5]
-    expert = load_expert(trainer.expert_file, tiny.identity)
+    expert = load_expert(trainer.file, tiny.identity)
     assert expert.training["best_step"] == 2
     assert [row.correct for row in expert.accuracies] == [0, 4]
 
@@ -199,7 +199,7 @@ def test_answers_without_a_difference_in_reward_teach_nothing_by_group_but_do_pl
         settings = replace(SETTINGS, steps=1, advantage=advantage)
         trainer = Trainer(tiny, Never(), settings, tmp_path / advantage, "never")
         list(trainer.run())
-        assert any(delta.any() for delta in trainer.deltas.values()) is moves
+        assert any(delta.any() for delta in trainer.parameters.values()) is moves
 
 
 def test_kl_weight_adds_the_gradient_of_the_divergence_of_the_expert_from_the_base_model(tiny, small_model, tmp_path):
@@ -209,21 +209,21 @@ def test_kl_weight_adds_the_gradient_of_the_divergence_of_the_expert_from_the_ba
     model = replace(tiny, adapted=SpectralModel(transformer, bases))
     trainer = Trainer(model, Never(), replace(SETTINGS, kl_weight=1.0), tmp_path, "never")
     generator = torch.Generator().manual_seed(0)
-    for delta in trainer.deltas.values():
+    for delta in trainer.parameters.values():
         delta.data.copy_(0.3 * torch.randn(delta.shape, generator=generator))
     prompt = [5, 6, 7, 8]
 
-    with model.adapted.rows([None, trainer.deltas]):
+    with model.adapted.rows([None, trainer.parameters]):
         base, expert = transformer(torch.tensor([prompt, prompt])).logits[:, -1].log_softmax(-1)
     (expert.exp() * (expert - base)).sum().backward()
-    expected = torch.cat([delta.grad for delta in trainer.deltas.values()])
+    expected = torch.cat([delta.grad for delta in trainer.parameters.values()])
 
     trainer.optimizer.zero_grad()
     answers = torch.multinomial(expert.detach().exp(), 20_000, replacement=True, generator=generator)
     # Without an advantage the loss is its KL term alone.
     loss = trainer._loss([prompt], [answers[:, None].tolist()], torch.zeros(1, len(answers))) / len(answers)
     loss.backward()
-    gradient = torch.cat([delta.grad for delta in trainer.deltas.values()])
+    gradient = torch.cat([delta.grad for delta in trainer.parameters.values()])
     assert (gradient - expected).norm() < 0.1 * expected.norm()
 
 
@@ -231,8 +231,8 @@ def test_equal_seeds_train_equally_and_other_seeds_otherwise(tiny, tmp_path, who
     for seed, same in ((0, True), (1, False)):
         trainer = Trainer(tiny, EvenLength(), replace(SETTINGS, seed=seed), tmp_path / str(seed), "even")
         list(trainer.run())
-        path = next(iter(trainer.deltas))
-        assert torch.equal(trainer.deltas[path], whole_run[0].deltas[path]) is same
+        path = next(iter(trainer.parameters))
+        assert torch.equal(trainer.parameters[path], whole_run[0].parameters[path]) is same
 
 
 def test_run_yields_and_logs_every_step_with_the_base_model_as_step_0(whole_run):
@@ -244,6 +244,7 @@ def test_run_yields_and_logs_every_step_with_the_base_model_as_step_0(whole_run)
         "even.md",
         "even.safetensors",
         "log.jsonl",
+        "tensorboard",
     ]
 
 
@@ -251,7 +252,7 @@ def test_expert_that_is_written_is_the_best_by_validation_and_loads(tiny, whole_
     trainer, steps = whole_run
     validated = {step.step: step.validation for step in steps if step.validation is not None}
     best_step = max(validated, key=validated.get)
-    expert = load_expert(trainer.expert_file, tiny.identity)
+    expert = load_expert(trainer.file, tiny.identity)
     assert (expert.name, expert.label, expert.description) == ("even", EvenLength.label, EvenLength.description)
     assert expert.training["best_step"] == best_step
     assert expert.training["learning_rate"] == 0.05 and expert.training["task"] == "even-length"
@@ -272,7 +273,7 @@ def test_expert_that_is_written_holds_one_plus_the_trained_deltas(tiny, tmp_path
 
     trainer = Trainer(tiny, Improves(), replace(SETTINGS, steps=2), tmp_path, "even")
     list(trainer.run())
-    expert = load_expert(trainer.expert_file, tiny.identity)
+    expert = load_expert(trainer.file, tiny.identity)
     assert expert.training["best_step"] == 2
     assert_same(dict(expert.z), {path: 1 + delta for path, delta in values(trainer).items()})
     assert all((z != 1).any() for z in expert.z.values())

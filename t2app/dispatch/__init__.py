@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 
-from t2app.dispatch.dispatcher import OTHER, Decision, Dispatcher
+from t2app.categories import CLASSIFIER
+from t2app.dispatch.classifier import ClassifierDispatch
+from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.dispatch.manual import ManualDispatch
 from t2app.dispatch.prompt import PromptDispatch
-from t2app.messages import DISPATCHERS, MANUAL
+from t2app.messages import DISPATCHERS, MANUAL, PROMPT
 from t2app.models import Model
 
-__all__ = ["OTHER", "Decision", "Dispatcher", "ManualDispatch", "PromptDispatch", "make_dispatcher"]
+__all__ = ["ClassifierDispatch", "Decision", "Dispatcher", "ManualDispatch", "PromptDispatch", "make_dispatcher"]
 
 
 def make_dispatcher(name: str, model: Model, weights: Mapping[str, float] | None = None) -> Dispatcher:
@@ -26,4 +28,4 @@ def make_dispatcher(name: str, model: Model, weights: Mapping[str, float] | None
         return ManualDispatch(model, weights)
     if weights is not None:
         raise ValueError(f"weights belong to the manual dispatch; the {name} dispatch decides them itself")
-    return PromptDispatch(model)
+    return {PROMPT: PromptDispatch, CLASSIFIER: ClassifierDispatch}[name](model)

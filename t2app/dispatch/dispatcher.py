@@ -3,12 +3,11 @@
 A way to decide is a `Dispatcher`; there is one file for each. None of them knows how the answer is then decoded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-OTHER = "other"
-OTHER_DESCRIPTION = "anything else: chatting, facts, opinions, writing"
+from t2app.experts import Expert
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,19 @@ class Decision:
         label: the category it saw, None where it looked for none.
         weights: α of every expert of the model, by name.
         probabilities: by label, where there are any; they add up to 1.
+        note: a sentence for the user where something else was done than was asked for.
     """
 
     label: str | None
     weights: Mapping[str, float]
     probabilities: Mapping[str, float] | None = None
+    note: str | None = None
+
+
+def decision_for(label: str, probabilities: Mapping[str, float], experts: Sequence[Expert]) -> Decision:
+    """The whole weight for the expert of `label`, or none where no expert stands for it."""
+    named = next((expert.name for expert in experts if expert.label == label), None)
+    return Decision(label, {expert.name: float(expert.name == named) for expert in experts}, probabilities)
 
 
 class Dispatcher(Protocol):

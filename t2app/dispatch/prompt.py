@@ -11,8 +11,9 @@ from functools import cached_property
 
 import torch
 
+from t2app.categories import OTHER, OTHER_DESCRIPTION
 from t2app.decoding import answer_log_probabilities
-from t2app.dispatch.dispatcher import OTHER, OTHER_DESCRIPTION, Decision
+from t2app.dispatch.dispatcher import Decision, decision_for
 from t2app.messages import PROMPT
 from t2app.models import Model
 
@@ -32,10 +33,7 @@ class PromptDispatch:
     def decide(self, prompt: str) -> Decision:
         probabilities = (self._scores([prompt])[0] - self._prior).softmax(0)
         by_label = dict(zip(self._categories, probabilities.tolist(), strict=True))
-        label = max(by_label, key=by_label.__getitem__)
-        named = next((expert.name for expert in self._model.experts if expert.label == label), None)
-        weights = {expert.name: float(expert.name == named) for expert in self._model.experts}
-        return Decision(label, weights, by_label)
+        return decision_for(max(by_label, key=by_label.__getitem__), by_label, self._model.experts)
 
     @cached_property
     def _prior(self) -> torch.Tensor:

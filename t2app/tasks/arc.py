@@ -3,9 +3,10 @@
 import re
 from collections.abc import Sequence
 
+from t2app.categories import CATEGORIES
 from t2app.tasks.benchmark_data import only_test, rows_with_validation
 from t2app.tasks.procedural import check_split
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 _LETTERS = "ABCDE"
 _LETTER = re.compile(rf"\b([{_LETTERS}])\b")

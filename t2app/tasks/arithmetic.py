@@ -10,9 +10,10 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
+from t2app.categories import CATEGORIES
 from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 _WORDINGS = {
     "+": (

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from t2app.categories import CATEGORIES
 from t2app.sandbox import run_tests
 from t2app.tasks.procedural import check_split, pick, sample, split_of
-from t2app.tasks.task import CATEGORIES, SPLITS, Example
+from t2app.tasks.task import SPLITS, Example
 
 _EXAMPLES = {"train": 1500, "validation": 240, "test": 600}
 _WORDINGS = (

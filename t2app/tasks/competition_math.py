@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from math_verify import parse, verify
 
+from t2app.categories import CATEGORIES
 from t2app.tasks.benchmark_data import only_test, rows
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 
 class CompetitionMath:

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Sequence
 
+from t2app.categories import CATEGORIES
 from t2app.tasks.benchmark_data import rows_with_validation
 from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 _DATA = ("openai/gsm8k", "main")
 _CALCULATION = re.compile(r"<<.*?>>")

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from t2app.categories import CATEGORIES
 from t2app.sandbox import run_tests
 from t2app.tasks.benchmark_data import only_test, rows
 from t2app.tasks.code import code_of
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 
 class HumanEval:

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from t2app.categories import CATEGORIES
 from t2app.sandbox import run_tests
 from t2app.tasks.benchmark_data import rows
 from t2app.tasks.code import code_of
 from t2app.tasks.procedural import check_split
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 
 class Mbpp:

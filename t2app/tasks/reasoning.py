@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+from t2app.categories import CATEGORIES
 from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split, pick, sample, split_of
-from t2app.tasks.task import CATEGORIES, SPLITS, Example
+from t2app.tasks.task import SPLITS, Example
 
 _EXAMPLES_OF_EACH = {"train": 600, "validation": 100, "test": 200}
 

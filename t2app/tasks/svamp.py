@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from t2app.categories import CATEGORIES
 from t2app.tasks.benchmark_data import only_test, rows
 from t2app.tasks.numbers import last_number
-from t2app.tasks.task import CATEGORIES, Example
+from t2app.tasks.task import Example
 
 
 class Svamp:

@@ -8,12 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 SPLITS = ("train", "validation", "test")
-# The categories of prompts, by label, as the first pass describes them to the model.
-CATEGORIES = {
-    "math": "calculating with numbers: arithmetic, equations and word problems",
-    "code": "writing Python: a function, a program, code that does what is described",
-    "reasoning": "thinking through what is given: comparing, ordering, what comes next, what does not belong",
-}
 
 
 @dataclass(frozen=True)

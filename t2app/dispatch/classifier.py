@@ -1,0 +1,45 @@
+"""Dispatch by the classification expert (paper, section 3.2): the question that it was trained on, asked under its z.
+
+Whole labels are scored, as in the prompt-based dispatch, but as the answer in a chat: so it was trained.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from t2app.categories import CLASSIFIER, LABELS, question
+from t2app.decoding import answer_log_probabilities
+from t2app.dispatch.dispatcher import Decision, decision_for
+from t2app.dispatch.prompt import PromptDispatch
+from t2app.experts import mix
+from t2app.models import Model
+
+
+class ClassifierDispatch:
+    """Gives the whole weight to the expert whose label the classification expert answers, or none for `other`.
+
+    Where the model has no classification expert the base model is asked instead, and the decision says so.
+    """
+
+    name = CLASSIFIER
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._labels = [model.tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
+        self._instead = PromptDispatch(model) if model.classifier is None else None
+
+    def decide(self, prompt: str) -> Decision:
+        if self._instead is not None:
+            note = f"{self._model.name} has no classification expert: the base model was asked instead."
+            return replace(self._instead.decide(prompt), note=note)
+        probabilities = dict(zip(LABELS, self._scores(prompt).softmax(0).tolist(), strict=True))
+        return decision_for(max(probabilities, key=probabilities.__getitem__), probabilities, self._model.experts)
+
+    @torch.inference_mode()
+    def _scores(self, prompt: str) -> torch.Tensor:
+        """Log-probability of every label as the answer of the classification expert, (labels,)."""
+        expert = self._model.classifier
+        asked = self._model.prompt_ids(question(prompt))
+        mixture = mix([expert], {expert.name: 1.0})
+        logs, mask = answer_log_probabilities(self._model.adapted, [asked], [self._labels], mixture)
+        return (logs * mask).sum(1).float()

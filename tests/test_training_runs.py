@@ -1,0 +1,157 @@
+"""Trainings as processes of their own on a small random Llama: killed and resumed, shared by two, and of a LoRA."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from t2app.experts import load_expert
+
+# Plain rewards, so that the answers of a random model, which are never right, teach something too.
+SETTINGS = {
+    "precision": "fp32",
+    "warm-start-steps": 3,
+    "warm-start-learning-rate": 0.05,
+    "steps": 3,
+    "learning-rate": 0.05,
+    "prompts": 4,
+    "samples": 2,
+    "advantage": "plain",
+    "validate-every": 2,
+    "validation-limit": 4,
+    "test-limit": 4,
+}
+LAST_STEP = 6
+ONE_PROCESS = ("-m", "t2app")
+# What `accelerate launch` does on GPUs; on a CPU it wants an MPI for more than one process.
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "t2app")
+
+
+@pytest.fixture
+def start(tiny_folder, tmp_path):
+    """Starts a training of the small Llama that writes into a folder, in another process."""
+
+    def start(out: Path, *more: str, launcher: tuple[str, ...] = ONE_PROCESS) -> subprocess.Popen:
+        settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
+        training = ("train", "arithmetic", "--model", str(tiny_folder), "--out", str(out), *settings, *more)
+        environment = os.environ | {"T2_CACHE_DIR": str(tmp_path / "cache")}
+        return subprocess.Popen(
+            [sys.executable, *launcher, *training], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    return start
+
+
+def end(process: subprocess.Popen) -> str:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return output.decode()
+
+
+def logged(out: Path) -> list[dict]:
+    """The steps in the log so far, but for one that is being written."""
+    file = out / "log.jsonl"
+    whole, _, _ = file.read_text().rpartition("\n") if file.exists() else ("", "", "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def parameters(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)["parameters"]
+
+
+def without_seconds(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_training_killed_at_several_steps_resumes_to_the_numbers_of_one_that_was_not(start, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    end(start(whole))
+    for steps in (1, 3, 5):
+        process = start(killed)
+        while len(logged(killed)) < 1 + steps and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        # As if the kill had come in the middle of a line.
+        with open(killed / "log.jsonl", "a") as log:
+            log.write('{"step": 9')
+    end(start(killed))
+    assert without_seconds(logged(killed)) == without_seconds(logged(whole))
+    assert [row["step"] for row in logged(killed)] == list(range(LAST_STEP + 1))
+    first, second = load_file(killed / "math.safetensors"), load_file(whole / "math.safetensors")
+    assert all(torch.equal(first[path], second[path]) for path in second)
+    first, second = parameters(killed), parameters(whole)
+    assert all(torch.equal(first[path], second[path]) and second[path].any() for path in second)
+
+
+def test_two_processes_make_the_update_of_one_with_the_whole_batch(start, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    end(start(one))
+    end(start(two, launcher=TWO_PROCESSES))
+    assert [row["step"] for row in logged(two)] == list(range(LAST_STEP + 1))
+    for alone, shared in zip(without_seconds(logged(one)), without_seconds(logged(two)), strict=True):
+        for name, value in alone.items():
+            assert shared[name] == (value if value is None else pytest.approx(value, rel=1e-3)), name
+    alone, shared = parameters(one), parameters(two)
+    assert all(alone[path].abs().max() > 0.01 for path in alone)
+    assert all(torch.allclose(shared[path], alone[path], atol=1e-3) for path in alone)
+
+
+def test_more_processes_than_prompts_are_refused(start, tmp_path):
+    process = start(tmp_path / "out", "--prompts", "1", launcher=TWO_PROCESSES)
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert "2 processes cannot share batches of 1 prompts" in errors.decode()
+
+
+def test_run_can_be_looked_at_in_tensorboard_with_every_step_once(start, tmp_path):
+    out = tmp_path / "out"
+    process = start(out)
+    while len(logged(out)) < 4:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    end(start(out))
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("training/gradient_norm")] == list(range(LAST_STEP + 1))
+    assert [event.step for event in board.Scalars("training/imitation_loss")] == [1, 2, 3]
+    assert [event.step for event in board.Scalars("training/validation")] == [0, 2, 3, 4, 6]
+
+
+def test_finished_training_writes_curve_command_and_test_into_the_expert(start, tmp_path, tiny):
+    out = tmp_path / "out"
+    end(start(out))
+    expert = load_expert(out / "math.safetensors", tiny.identity)
+    assert [step for step, _ in expert.curve] == [0, 2, 3, 4, 6]
+    assert expert.training["command"].startswith("python -m t2app train arithmetic --model ")
+    assert {(row.split, row.mixture, row.n) for row in expert.accuracies} == {
+        (split, mixture, 4) for split in ("validation", "test") for mixture in ("base", "math")
+    }
+    assert (out / "curve.html").stat().st_size > 1000
+    card = (out / "math.md").read_text()
+    assert "| step | validation |" in card and expert.training["command"] in card
+
+
+def test_lora_is_trained_by_the_same_loop_and_written_in_pefts_format(start, tmp_path):
+    out = tmp_path / "out"
+    output = end(start(out, "--lora", "4", "--layers", "mlp"))
+    assert "| arithmetic | base |" in output and "| arithmetic | math |" in output
+    rows = logged(out)
+    assert [row["step"] for row in rows] == list(range(LAST_STEP + 1))
+    losses = [row["imitation_loss"] for row in rows[1:4]]
+    assert losses[-1] < losses[0]
+    config = json.loads((out / "math" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and all(".mlp." in path for path in config["target_modules"])
+    written = load_file(out / "math" / "adapter_model.safetensors")
+    # Two blocks of three layers with two matrices each, of 32 × 80 features.
+    assert len(written) == 12 and sum(value.numel() for value in written.values()) == 6 * 4 * (32 + 80)
+    card = (out / "math" / "README.md").read_text()
+    assert "rank 4, 2,688 numbers" in card and "| arithmetic | test | math |" in card
