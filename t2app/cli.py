@@ -1,4 +1,4 @@
-"""The command line: `python -m t2app answer | experts | train | eval | bench`.
+"""The command line: `python -m t2app answer | experts | train | ablate | eval | bench`.
 
 With `--json` a command prints one JSON object a line on standard output and nothing else there; progress and errors go
 to standard error. Every command ends with exit code 0, or 1 and a sentence.
@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from t2app.spectral import Deltas, is_mlp_path
 from t2app.tasks import TASKS, Example, Task, Union, task_named
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
 from t2app.training import ADVANTAGES, PRESETS, Trainer, TrainingSettings, processes
+from t2app.training.ablation import VARIATIONS, ablation, ablation_table
 
 LAYERS = {"mlp": is_mlp_path, "all": lambda path: True}
 
@@ -78,6 +79,7 @@ def experts(options: argparse.Namespace) -> None:
                     "parameters": expert.parameters,
                     "training": dict(expert.training),
                     "accuracies": [asdict(row) for row in expert.accuracies],
+                    "curve": expert.curve,
                 }
             )
         else:
@@ -104,6 +106,8 @@ def train(options: argparse.Namespace) -> None:
     measured: list[Accuracy] = []
     for task in tasks:
         examples = task.examples("test")[: options.test_limit]
+        if not examples:
+            continue
         columns = {name: [mixture] * len(examples) for name, mixture in mixtures.items()}
         measured += _evaluate(trainer.model, task, examples, columns)
     trainer.add_test(measured, f"python -m t2app {options.command}")
@@ -121,11 +125,27 @@ def _trainer(options: argparse.Namespace, task: Task) -> Trainer:
     layers, name = LAYERS[options.layers or preset.layers], options.name or task.label
     if options.lora is None:
         return Trainer(_load(options, many_rows=True, layers=layers), task, settings, options.out, name)
-    from t2app.lora import LoraTrainer, with_lora  # here, because peft takes seconds to import
+    from t2app.training.lora import LoraTrainer, with_lora  # here, because peft takes seconds to import
 
     model = _load(options, many_rows=True, layers=lambda path: False)
     model = with_lora(model, filter(layers, model.identity.ranks), options.lora, settings.seed)
     return LoraTrainer(model, task, settings, options.out, name)
+
+
+def ablate(options: argparse.Namespace) -> None:
+    """Train the variations with several seeds and print what each is worth."""
+    shared = [f"--model={options.model}", f"--precision={options.precision}"]
+    rows = []
+    with tqdm(total=len(options.only) * options.seeds, desc="ablation", unit="training") as bar:
+        for row in ablation(options.task, options.seeds, options.out, options.only, shared, bar.update):
+            rows.append(row)
+            if options.json:
+                _print_json(asdict(row))
+    if not options.json:
+        print(ablation_table(rows))
+    if options.results is not None:
+        about = f"# Ablation on {options.task}\n\n```bash\npython -m t2app {options.command}\n```\n\n"
+        options.results.write_text(about + ablation_table(rows), encoding="utf-8")
 
 
 def evaluate_tasks(options: argparse.Namespace) -> None:
@@ -230,19 +250,23 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _dispatchers(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in DISPATCHERS:
-            raise argparse.ArgumentTypeError(f"invalid choice: '{name}' (choose from {', '.join(DISPATCHERS)})")
+def _names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """For an option that takes several of these names with commas between them."""
+
+    def names(text: str) -> list[str]:
+        return [_name_of(known)(name) for name in text.split(",")]
+
     return names
 
 
-def _bench_name(text: str) -> str:
+def _name_of(known: Collection[str]) -> Callable[[str], str]:
     # argparse's choices refuse the empty list that no name stands for.
-    if text not in bench.BENCHES:
-        raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {', '.join(bench.BENCHES)})")
-    return text
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"invalid choice: '{text}' (choose from {', '.join(known)})")
+        return text
+
+    return name
 
 
 def _count(text: str) -> int:
@@ -293,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, help_text in (
         ("warm_start_steps", int, "supervised steps before those of reinforcement learning"),
         ("warm_start_learning_rate", float, "of these"),
-        ("steps", _count, "steps of reinforcement learning"),
+        ("steps", int, "steps of reinforcement learning"),
         ("prompts", _count, "prompts a step"),
         ("samples", _count, "sampled answers to each prompt"),
         ("learning_rate", float, "of Adam"),
@@ -307,18 +331,32 @@ def _parser() -> argparse.ArgumentParser:
     ):
         flag = f"--{name.replace('_', '-')}"
         command.add_argument(flag, type=kind, help=f"{help_text} ({getattr(defaults, name)})")
-    command.add_argument(
-        "--test-limit", type=_count, metavar="N", help="measure at the end on the first N test examples"
-    )
+    command.add_argument("--test-limit", type=int, metavar="N", help="measure at the end on the first N test examples")
     command.add_argument("--advantage", choices=ADVANTAGES, help="plain is the paper's ±1")
     command.set_defaults(run=train)
+
+    command = commands.add_parser("ablate", parents=[common, data], help="compare training settings over seeds")
+    command.add_argument("task", metavar="TASK", choices=TASKS, help="to train on")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the trainings")
+    command.add_argument("--seeds", type=_count, default=3, metavar="N", help="trainings of each variation (3)")
+    command.add_argument(
+        "--only",
+        type=_names_of(VARIATIONS),
+        default=list(VARIATIONS),
+        metavar="NAME,…",
+        help=f"of {', '.join(VARIATIONS)} (default: all)",
+    )
+    command.add_argument("--results", type=Path, metavar="FILE", help="also write the table there, as Markdown")
+    command.set_defaults(run=ablate)
 
     command = commands.add_parser("eval", parents=[common, data, dispatch], help="measure accuracy on test splits")
     command.add_argument("task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}")
     command.add_argument(
         "--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all but the classifier)"
     )
-    command.add_argument("--dispatch", type=_dispatchers, default=[], metavar="NAME,…", help="also what these mix")
+    command.add_argument(
+        "--dispatch", type=_names_of(DISPATCHERS), default=[], metavar="NAME,…", help="also what these mix"
+    )
     command.add_argument("--limit", type=_count, metavar="N", help="only the first N examples")
     command.add_argument("--answers", type=Path, metavar="FILE", help="keep answers there, and go on from those in it")
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
@@ -327,7 +365,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")
     command.add_argument(
-        "name", nargs="*", metavar="NAME", type=_bench_name, help=f"of {', '.join(bench.BENCHES)} (default: all)"
+        "name",
+        nargs="*",
+        metavar="NAME",
+        type=_name_of(bench.BENCHES),
+        help=f"of {', '.join(bench.BENCHES)} (default: all)",
     )
     command.set_defaults(run=run_benches)
     return parser

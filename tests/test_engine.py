@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from t2app.categories import OTHER
+from t2app.categories import CLASSIFIER, LABELS, OTHER
 from t2app.dispatch import make_dispatcher
 from t2app.engine import Engine, PromptError
 from t2app.experts import ExpertError
@@ -122,3 +122,36 @@ def test_prompt_dispatch_gives_probabilities_over_all_labels_and_the_named_exper
 )
 def test_prompt_dispatch_tells_sums_from_small_talk(engine, prompt, label):
     assert engine.dispatcher(PROMPT).decide(prompt).label == label
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [
+        ("A baker sells 12 rolls at 40 cents each and 3 loaves at $2.50. How much does she take in?", "math"),
+        ("Write a function that removes every third element of a list.", "code"),
+        ("Tim left before Sue, and Sue left before Ron. Who left last?", "reasoning"),
+        ("Which of these do plants need to grow? A. sunlight B. plastic C. iron D. noise", "reasoning"),
+        ("Tell me about the history of tea.", OTHER),
+    ],
+)
+def test_classification_expert_names_the_category_where_it_was_not_trained_on_the_prompt(engine, prompt, label):
+    decision = engine.dispatcher(CLASSIFIER).decide(prompt)
+    assert set(decision.probabilities) == set(LABELS) and sum(decision.probabilities.values()) == pytest.approx(1)
+    assert decision.label == label and decision.note is None
+    named = {expert.name for expert in engine.model.experts if expert.label == label}
+    assert {name for name, weight in decision.weights.items() if weight} == named
+
+
+def test_classification_expert_is_no_part_of_the_mixture(engine):
+    assert engine.model.classifier.label == CLASSIFIER
+    assert CLASSIFIER not in engine.dispatcher(CLASSIFIER).decide(SUM).weights
+    with pytest.raises(ExpertError, match="there is no expert 'classifier'"):
+        engine.dispatcher(MANUAL, {CLASSIFIER: 1.0})
+
+
+def test_without_a_classification_expert_the_base_model_is_asked_and_the_event_says_so(tiny):
+    first = next(Engine(tiny).answer(SUM, make_dispatcher(CLASSIFIER, tiny), SHORT))
+    asked = make_dispatcher(PROMPT, tiny).decide(SUM)
+    assert (first.label, first.probabilities) == (asked.label, asked.probabilities)
+    assert first.note == "tiny has no classification expert: the base model was asked instead."
+    assert as_json(first)["note"] == first.note

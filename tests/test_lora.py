@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from t2app.lora import LoraModel
 from t2app.spectral import block_linear_paths
+from t2app.training.lora import LoraModel
 
 
 @pytest.fixture

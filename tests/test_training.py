@@ -14,7 +14,8 @@ from t2app.experts import load_expert
 from t2app.models import load_model
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths, linear_layer
 from t2app.tasks import Example
-from t2app.training import Trainer, TrainingSettings, _advantages
+from t2app.training import Trainer, TrainingSettings
+from t2app.training.trainer import _advantages
 
 
 class EvenLength:
@@ -332,7 +333,8 @@ def test_folder_of_a_training_of_other_layers_is_refused(tiny_folder, tmp_path, 
         ({"advantage": "best"}, "there is no advantage 'best'; choose one of group, plain"),
         ({"samples": 1}, "a group advantage needs at least 2 samples"),
         ({"samples": 0, "advantage": "plain"}, "samples is 0; at least 1"),
-        ({"steps": 0}, "steps is 0; at least 1"),
+        ({"steps": -1}, "steps is -1; 0 or more"),
+        ({"steps": 0, "warm_start_steps": 0}, "without any step"),
         ({"warm_start_steps": -1}, "warm_start_steps is -1; 0 or more"),
         ({"decay_steps": -1}, "decay_steps is -1; 0 or more"),
         ({"prompts": 0}, "prompts is 0; at least 1"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2app.experts import load_expert
+from t2app.training.log import read_log
 
 # Plain rewards, so that the answers of a random model, which are never right, teach something too.
 SETTINGS = {
@@ -57,10 +58,7 @@ def end(process: subprocess.Popen) -> str:
 
 
 def logged(out: Path) -> list[dict]:
-    """The steps in the log so far, but for one that is being written."""
-    file = out / "log.jsonl"
-    whole, _, _ = file.read_text().rpartition("\n") if file.exists() else ("", "", "")
-    return [json.loads(line) for line in whole.splitlines()]
+    return read_log(out) if (out / "log.jsonl").exists() else []
 
 
 def parameters(out: Path) -> dict[str, torch.Tensor]:
@@ -155,3 +153,22 @@ def test_lora_is_trained_by_the_same_loop_and_written_in_pefts_format(start, tmp
     assert len(written) == 12 and sum(value.numel() for value in written.values()) == 6 * 4 * (32 + 80)
     card = (out / "math" / "README.md").read_text()
     assert "rank 4, 2,688 numbers" in card and "| arithmetic | test | math |" in card
+
+
+def test_ablation_trains_a_variation_with_every_seed_and_goes_on_from_what_is_there(tiny_folder, tmp_path):
+    table = tmp_path / "ABLATION.md"
+    command = ["ablate", "arithmetic", "--model", str(tiny_folder), "--precision", "fp32", "--seeds", "2", "--json"]
+    command += ["--only", "MLP layers only", "--out", str(tmp_path / "runs"), "--results", str(table)]
+    environment = os.environ | {"T2_CACHE_DIR": str(tmp_path / "cache")}
+    rows = []
+    for _ in range(2):
+        result = subprocess.run([sys.executable, *ONE_PROCESS, *command], env=environment, capture_output=True)
+        assert result.returncode == 0, result.stderr.decode()
+        rows.append(json.loads(result.stdout))
+    assert rows[0] == rows[1]
+    assert rows[0]["variation"] == "MLP layers only" and rows[0]["changed"] == {"layers": "mlp"}
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [run.name for run in runs] == ["MLP-layers-only-0", "MLP-layers-only-1"]
+    assert rows[0]["accuracies"] == [read_log(run)[-1]["validation"] for run in runs]
+    assert all(".mlp." in path for run in runs for path in parameters(run))
+    assert "| MLP layers only | layers mlp |" in table.read_text()

@@ -3,7 +3,7 @@
 All ways do the same work: sampled answers to the same prompts, all of the same length, and one update from them with
 the gradient of every z. They differ in how:
 
-- `shared` is what `training.py` does: each prompt is computed once for all its samples, the weights are not written;
+- `shared` is what `t2app.training` does: each prompt is computed once for all its samples, the weights are not written;
 - `repeated` is the same with the prompt computed anew for every sample;
 - `composed` is how the authors' code does it: W' = U diag(σ ⊙ z) Vᵀ is composed and written into the model, the
   gradient of every W' is taken and pushed on to z, and the prompt is computed anew for every sample;
@@ -135,7 +135,7 @@ class _Composed(_Way):
 
 
 def _lora(model: Model) -> _Way:
-    from t2app.lora import with_lora  # here, because peft takes seconds to import
+    from t2app.training.lora import with_lora  # here, because peft takes seconds to import
 
     return _Way(with_lora(model, list(model.adapted.layers), _LORA_RANK, seed=0), once=True)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+_FILE = "log.jsonl"
+
 
 class TrainingLog:
     """The log of the training in `folder`: `log.jsonl`, and `tensorboard/` for `tensorboard --logdir`.
@@ -16,12 +18,13 @@ class TrainingLog:
     """
 
     def __init__(self, folder: Path, done: int | None):
-        self._file, self._board_folder, self._done = folder / "log.jsonl", folder / "tensorboard", done
+        self._folder, self._file, self._board_folder = folder, folder / _FILE, folder / "tensorboard"
+        self._done = done
         if done is None:
             self._file.unlink(missing_ok=True)
             shutil.rmtree(self._board_folder, ignore_errors=True)
             return
-        kept = [row for row in self._rows() if row["step"] <= done]
+        kept = [row for row in read_log(folder) if row["step"] <= done]
         partial = self._file.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         partial.replace(self._file)
@@ -37,12 +40,9 @@ class TrainingLog:
 
     def validations(self) -> tuple[tuple[int, float], ...]:
         """Step and validation accuracy, where it was measured."""
-        return tuple((row["step"], row["validation"]) for row in self._rows() if row["validation"] is not None)
-
-    def _rows(self) -> list[dict]:
-        # What follows the last line's end was being written when the run was cut off.
-        whole, _, _ = self._file.read_text(encoding="utf-8").rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
+        return tuple(
+            (row["step"], row["validation"]) for row in read_log(self._folder) if row["validation"] is not None
+        )
 
     @cached_property
     def _board(self):
@@ -50,3 +50,10 @@ class TrainingLog:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(self._board_folder, purge_step=None if self._done is None else self._done + 1)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The steps that the training in `folder` has logged; raises FileNotFoundError where there is none."""
+    # What follows the last line's end was being written when the run was cut off.
+    whole, _, _ = (folder / _FILE).read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from t2app.evaluation import Accuracy
 from t2app.experts import Measurement, card
 from t2app.models import Model
-from t2app.training import Trainer
+from t2app.training.trainer import Trainer
 
 _ADAPTER, _NO_ADAPTER = "default", "__base__"
 
