@@ -35,8 +35,10 @@ from t2app.tasks import Example, Task
 from t2app.training.log import TrainingLog
 from t2app.training.settings import TrainingSettings
 
-# Answer tokens, padding included, of one part of an update. Bounds its memory: logits are tokens × vocabulary.
-_PART_TOKENS = 2048
+# An update is computed in parts. The tokens of one bound its memory, since logits are tokens × vocabulary; the ratio of
+# its longest row to its shortest bounds the work that is lost to padding.
+_PART_TOKENS = 4096
+_PART_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class Trainer:
         mine = self._share(range(len(prompts)))
         loss = 0.0
         self.optimizer.zero_grad()
-        for part in _parts(mine, [len(solution) for solution in solutions]):
+        lengths = [len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True)]
+        for part in _parts(mine, lengths):
             logs, mask = answer_log_probabilities(
                 self.model.adapted, [prompts[i] for i in part], [[solutions[i]] for i in part], self.parameters
             )
@@ -195,7 +198,8 @@ class Trainer:
         # Where all advantages are 0 there is nothing to learn, unless from the divergence.
         learning = [i for i in range(len(prompts)) if settings.kl_weight or advantages[i].any()]
         self.optimizer.zero_grad()
-        for part in _parts(learning, [settings.samples * max(map(len, group)) for group in groups]):
+        lengths = [len(prompt) + sum(map(len, group)) for prompt, group in zip(prompts, groups, strict=True)]
+        for part in _parts(learning, lengths):
             loss = self._loss([prompts[i] for i in part], [groups[i] for i in part], advantages[part])
             (loss / answered).backward()
         right_answers, tokens, learned = self._totals(right.sum().item(), sum(map(len, rows)), len(learning))
@@ -342,10 +346,11 @@ def processes() -> PartialState:
 
 
 def _parts(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The rows by rising length, cut so that each part, padded, has at most _PART_TOKENS tokens, or is one row."""
+    """The rows by rising length, cut into parts by _PART_TOKENS and _PART_RATIO."""
     part: list[int] = []
     for row in sorted(rows, key=lengths.__getitem__):
-        if part and (len(part) + 1) * lengths[row] > _PART_TOKENS:
+        length = lengths[row]
+        if part and ((len(part) + 1) * length > _PART_TOKENS or length > _PART_RATIO * lengths[part[0]]):
             yield part
             part = []
         part.append(row)
