@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 TITLE = "Transformer²"
 EXAMPLES = (
-    "Compute 12 + 7. Reply with only the number.",
     "What is 19 minus 13? Answer with just the number.",
-    "Please calculate 6 × 8 and reply with the number alone.",
+    "Kate is taller than Ben. Ben is taller than Iris. Who is the shortest? Reply with only the name.",
+    "Find the odd one out among apple, hammer, pear, plum. Give only the word.",
+    "Write a Python function `f(numbers)` that takes a list of whole numbers and returns the list of the even elements "
+    "of `numbers`.",
     "Write a short poem about the sea.",
 )
 MAX_PROMPT_CHARACTERS = 20_000

@@ -130,6 +130,7 @@ def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
         (("eval", "arithmetic", "--dispatch", "prompt", "--weights", "math=1"), "weights belong to the manual"),
         (("eval", "gsm8k", "--data", "no-such-folder"), "there is no file no-such-folder/gsm8k/main/test.jsonl"),
         (("bench", "cooking"), "invalid choice: 'cooking'"),
+        (("ablate", "arithmetic", "--out", "no-such", "--only", "default,cooking"), "invalid choice: 'cooking'"),
     ],
 )
 def test_what_cannot_be_done_ends_with_a_sentence_and_nothing_on_standard_output(arguments, sentence):

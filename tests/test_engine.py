@@ -115,12 +115,12 @@ def test_prompt_dispatch_gives_probabilities_over_all_labels_and_the_named_exper
     ("prompt", "label"),
     [
         (SUM, "math"),
-        ("What is 17 minus 9? Answer with just the number.", "math"),
-        ("Write a short poem about the sea.", OTHER),
-        ("Tell me a joke about cats.", OTHER),
+        ("What is 6 times 7?", "math"),
+        ("Kate is taller than Ben. Who is shorter?", "reasoning"),
+        ("Is a goat a tool, a fruit or an animal?", "reasoning"),
     ],
 )
-def test_prompt_dispatch_tells_sums_from_small_talk(engine, prompt, label):
+def test_prompt_dispatch_tells_sums_from_puzzles(engine, prompt, label):
     assert engine.dispatcher(PROMPT).decide(prompt).label == label
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2app.experts import load_expert
+from t2app.training.ablation import BASE, ablation, ablation_table
 from t2app.training.log import read_log
 
 # Plain rewards, so that the answers of a random model, which are never right, teach something too.
@@ -155,20 +157,20 @@ def test_lora_is_trained_by_the_same_loop_and_written_in_pefts_format(start, tmp
     assert "rank 4, 2,688 numbers" in card and "| arithmetic | test | math |" in card
 
 
-def test_ablation_trains_a_variation_with_every_seed_and_goes_on_from_what_is_there(tiny_folder, tmp_path):
-    table = tmp_path / "ABLATION.md"
-    command = ["ablate", "arithmetic", "--model", str(tiny_folder), "--precision", "fp32", "--seeds", "2", "--json"]
-    command += ["--only", "MLP layers only", "--out", str(tmp_path / "runs"), "--results", str(table)]
-    environment = os.environ | {"T2_CACHE_DIR": str(tmp_path / "cache")}
-    rows = []
-    for _ in range(2):
-        result = subprocess.run([sys.executable, *ONE_PROCESS, *command], env=environment, capture_output=True)
-        assert result.returncode == 0, result.stderr.decode()
-        rows.append(json.loads(result.stdout))
-    assert rows[0] == rows[1]
-    assert rows[0]["variation"] == "MLP layers only" and rows[0]["changed"] == {"layers": "mlp"}
+def test_ablation_trains_a_variation_with_every_seed_and_goes_on_from_what_is_there(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
+    short = replace(BASE, warm_start_steps=2, steps=2, prompts=2, validation_limit=4)
+    monkeypatch.setattr("t2app.training.ablation.BASE", short)
+    options = ("--model", str(tiny_folder), "--precision", "fp32")
+    done = []
+    [row], [again] = (
+        ablation("arithmetic", 2, tmp_path / "runs", ["MLP layers only"], options, lambda: done.append(1))
+        for _ in range(2)
+    )
+    assert row == again and len(done) == 4
+    assert (row.variation, row.changed) == ("MLP layers only", {"layers": "mlp"})
     runs = sorted((tmp_path / "runs").iterdir())
     assert [run.name for run in runs] == ["MLP-layers-only-0", "MLP-layers-only-1"]
-    assert rows[0]["accuracies"] == [read_log(run)[-1]["validation"] for run in runs]
+    assert row.accuracies == tuple(read_log(run)[-1]["validation"] for run in runs)
     assert all(".mlp." in path for run in runs for path in parameters(run))
-    assert "| MLP layers only | layers mlp |" in table.read_text()
+    assert "| MLP layers only | layers mlp |" in ablation_table([row])

@@ -15,7 +15,7 @@ from t2app.training.log import read_log
 from t2app.training.settings import PRESETS, TrainingSettings
 
 # What all variations start from: short, and with a warm start that leaves something to reinforce.
-BASE = TrainingSettings(warm_start_steps=15, steps=25, prompts=16, decay_steps=25, validate_every=40)
+BASE = TrainingSettings(warm_start_steps=15, steps=25, prompts=8, decay_steps=25, validate_every=40)
 _PAPER = PRESETS["paper"]
 _NO_WARM_START = {"warm_start_steps": 0, "steps": BASE.warm_start_steps + BASE.steps}
 # What each changes, as options of `train`.
