@@ -92,8 +92,8 @@ def train(options: argparse.Namespace) -> None:
     trainer = _trainer(options, tasks[0] if len(tasks) == 1 else Union(tasks))
     # Of several processes, the first alone shows and measures.
     first = processes().is_main_process
-    bar = {"total": trainer.last_step, "initial": trainer.step, "unit": "step", "disable": not first}
-    with tqdm(desc=f"training {trainer.name}", **bar) as bar:
+    title = f"training {trainer.name}"
+    with tqdm(desc=title, total=trainer.last_step, initial=trainer.step, unit="step", disable=not first) as bar:
         for step in trainer.run():
             bar.update(step.step - bar.n)
             reward = "warm start" if step.reward is None else f"{step.reward:.2f}"

@@ -96,7 +96,7 @@ def load_model(
     file = classifier_file(name, experts_folder)
     classifier = None if file is None else load_expert(file, identity)
     if layers is None:
-        adapted_by_experts = {path for expert in (*experts, *filter(None, [classifier])) for path in expert.z}
+        adapted_by_experts = {path for expert in (*experts, classifier) if expert is not None for path in expert.z}
         layers = adapted_by_experts.__contains__
     bases = _bases(model, identity.fingerprint, [path for path in identity.ranks if layers(path)], progress)
     use_fast_products(model, cache_folder() / "kernels")

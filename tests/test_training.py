@@ -374,3 +374,13 @@ def test_update_does_not_depend_on_how_it_is_cut_into_parts(tiny, tmp_path, monk
         runs.append(values(trainer))
     for path, value in runs[0].items():
         torch.testing.assert_close(runs[1][path], value, rtol=1e-3, atol=1e-4)
+
+
+def test_finished_expert_tells_the_steps_that_were_made_and_not_those_once_asked_for(tiny, tmp_path):
+    settings = replace(SETTINGS, warm_start_steps=2, steps=4)
+    list(islice(Trainer(tiny, EvenLength(), settings, tmp_path, "even").run(), 3))
+    trainer = Trainer(tiny, EvenLength(), replace(settings, steps=0), tmp_path, "even")
+    assert list(trainer.run()) == []
+    trainer.add_test([], "python -m t2app train")
+    training = load_expert(trainer.file, tiny.identity).training
+    assert (training["warm_start_steps"], training["steps"]) == (2, 0)

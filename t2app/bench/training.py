@@ -43,14 +43,10 @@ def bench_training(model_name: str, precision: str) -> Iterator[Figure]:
                 values[way, name] = measured
     for (way, name), measured in values.items():
         yield figure_of("training", f"{way}_{name}", measured, "MiB" if name.endswith("_mb") else "s")
-    ours = values["shared", "step_seconds"], values["shared", "peak_memory_mb"]
     for way in (name for name in _WAYS if name != "shared"):
-        for name, unit, own in (
-            ("step_seconds", "times_faster", ours[0]),
-            ("peak_memory_mb", "times_smaller", ours[1]),
-        ):
-            ratios = [other / mine for other, mine in zip(values[way, name], own, strict=True)]
-            yield figure_of("training", f"{unit}_than_{way}", ratios, "ratio")
+        for name, ratio in (("step_seconds", "times_faster"), ("peak_memory_mb", "times_smaller")):
+            ratios = [theirs / ours for theirs, ours in zip(values[way, name], values["shared", name], strict=True)]
+            yield figure_of("training", f"{ratio}_than_{way}", ratios, "ratio")
 
 
 @dataclass(frozen=True)

@@ -136,13 +136,13 @@ class Trainer:
         return mix([load_expert(self.file, self.model.identity)], {self.name: 1.0})
 
     def add_test(self, measured: Sequence[Accuracy], command: str) -> None:
-        """Write what was measured on the test split, the curve of this training and its command to the best so far."""
+        """Write test accuracies, the training as it ended, its curve and its command to the best so far."""
         expert = load_expert(self.file, self.model.identity)
         rows = [Measurement(row.task, "test", row.mixture, row.correct, row.n) for row in measured]
         save_expert(
             replace(
                 expert,
-                training={**expert.training, "seconds": round(self.seconds), "command": command},
+                training=self._facts() | {"command": command},
                 accuracies=(*(row for row in expert.accuracies if row.split != "test"), *rows),
                 curve=self.log.validations(),
             ),
