@@ -1,11 +1,15 @@
 """Batched decoding in which every row has its own prompt, mixture and random generator, and scoring of given answers.
 
 One forward pass a token serves all rows: base and adapted answers of the page, the samples of a training step, the
-problems of an evaluation. A row stops at its end of turn and leaves the batch. This file knows token ids and mixtures;
-text appears only where `TextStream` turns one row's tokens into pieces that can be shown.
+problems of an evaluation. A row stops at its end of turn and leaves the batch. What prompts of one mixture begin with
+alike, as their chat template makes them, is computed once for all of them. This file knows token ids and mixtures; text
+appears only where `TextStream` turns one row's tokens into pieces that can be shown.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,41 @@ from transformers.generation.logits_process import (
 from t2app.messages import Sampling
 from t2app.spectral import Deltas, SpectralModel
 
+# Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
+_LEAST_SAVING = 64
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What prompts begin with, computed once for every mixture that they are answered with.
+
+    Attributes:
+        length: in tokens.
+        mixtures: one for every row of `cache`.
+    """
+
+    length: int
+    mixtures: Sequence[Deltas | None]
+    cache: DynamicCache
+
+    def cache_for(self, mixtures: Sequence[Deltas | None]) -> DynamicCache:
+        """A cache of its own with a row for each of these mixtures, which must be among the prefix's."""
+        row_of = {id(mixture): row for row, mixture in enumerate(self.mixtures)}
+        rows = copy.copy(self.cache)
+        rows.layers = [copy.copy(layer) for layer in self.cache.layers]
+        # Selecting makes new tensors, so the prefix's own are never written to.
+        rows.batch_select_indices(torch.tensor([row_of[id(mixture)] for mixture in mixtures]))
+        return rows
+
+
+def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix:
+    """Run the tokens that prompts begin with, once for each distinct mixture."""
+    mixtures = _distinct(mixtures)
+    cache = DynamicCache(config=adapted.model.config)
+    with adapted.rows(mixtures):
+        _forward(adapted, torch.tensor([ids] * len(mixtures), device=adapted.model.device), None, cache)
+    return Prefix(len(ids), mixtures, cache)
+
 
 # As a decorator the mode is entered for each step only, and so never leaks into the code that reads the stream.
 @torch.inference_mode()
@@ -30,6 +69,7 @@ def decode(
     eos_ids: Sequence[int],
     samples: int = 1,
     seeds: Sequence[int] | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yield, for every step, the next token id of each row that is still running, by row.
 
@@ -42,6 +82,7 @@ def decode(
         mixtures: z − 1 of every prompt, None for the base model.
         seeds: where each prompt's generators start, sample s at seeds[p] + s; None starts all prompts at sampling.seed,
             so that two mixtures of one prompt are compared on the same draws.
+        prefix: what the prompts go on from; None finds what they begin with alike.
 
     Raises:
         ValueError: there is no prompt, one is empty, or there are not as many mixtures or seeds as prompts.
@@ -53,14 +94,11 @@ def decode(
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds; one for each was expected")
     device = adapted.model.device
-    ids, mask = pad_left(prompts, device)
     starts = [sampling.seed] * len(prompts) if seeds is None else seeds
     choose = _TokenChooser(sampling, [start + sample for start in starts for sample in range(samples)], device)
     stop = set(eos_ids)
-    cache = DynamicCache(config=adapted.model.config)
-    with adapted.rows(mixtures):
-        output = _forward(adapted, ids, mask, cache)
-    logits = output.logits[:, -1].repeat_interleave(samples, 0)  # (rows, vocabulary)
+    logits, mask, cache = _prefill(adapted, prompts, mixtures, prefix)
+    logits = logits[:, -1].repeat_interleave(samples, 0)  # (rows, vocabulary)
     if samples > 1:
         cache.batch_repeat_interleave(samples)
         mask = mask.repeat_interleave(samples, 0) if mask is not None else None
@@ -84,8 +122,7 @@ def decode(
             mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
         # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
         with adapted.using(plan):
-            output = _forward(adapted, torch.tensor(tokens, device=device)[:, None], mask, cache)
-        logits = output.logits[:, -1]
+            logits = _forward(adapted, torch.tensor(tokens, device=device)[:, None], mask, cache)[:, -1]
 
 
 def collected(steps: Iterator[dict[int, int]]) -> list[list[int]]:
@@ -101,14 +138,17 @@ def answer_log_probabilities(
     adapted: SpectralModel,
     prompts: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Sequence[int]]],
-    mixture: Deltas | None,
+    mixtures: Sequence[Deltas | None],
     temperature: float = 1.0,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every answer token, with gradient to `mixture`; each prompt is computed once for its group.
+    """Log-probability of every answer token, with gradient to `mixtures`; each prompt is computed once for its group.
 
     Args:
         prompts: token ids; groups: for each prompt, as many answers as every other prompt has.
+        mixtures: z − 1 of every prompt, None for the base model.
         temperature: of the distribution whose log-probabilities are asked for.
+        prefix: what the prompts go on from; None finds what they begin with alike.
 
     Returns:
         log-probabilities and mask, both (prompts · samples, longest answer); the mask is 1 where there is a token.
@@ -116,37 +156,20 @@ def answer_log_probabilities(
     samples = len(groups[0])
     answers = [answer for group in groups for answer in group]
     device = adapted.model.device
-    ids, prompt_mask = pad_left(prompts, device)
-    if prompt_mask is None:
-        prompt_mask = torch.ones_like(ids)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
     targets = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(device)
     mask = (torch.arange(targets.shape[1], device=device) < lengths[:, None]).float()
 
-    transformer = adapted.model
-    cache = DynamicCache(config=transformer.config)
-    with adapted.rows([mixture] * len(prompts)):
-        first = transformer(
-            input_ids=ids,
-            attention_mask=prompt_mask,
-            position_ids=positions(prompt_mask),
-            past_key_values=cache,
-            logits_to_keep=1,
-        ).logits.repeat_interleave(samples, 0)  # (rows, 1, vocabulary)
-    if targets.shape[1] == 1:
-        logits = first
-    else:
+    first, seen, cache = _prefill(adapted, prompts, mixtures, prefix)
+    logits = first.repeat_interleave(samples, 0)  # (rows, 1, vocabulary)
+    if targets.shape[1] > 1:
         cache.batch_repeat_interleave(samples)
-        # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
-        whole = torch.cat([prompt_mask.repeat_interleave(samples, 0), torch.ones_like(targets[:, 1:])], dim=1)
-        with adapted.rows([mixture] * len(answers)):
-            rest = transformer(
-                input_ids=targets[:, :-1],
-                attention_mask=whole,
-                position_ids=positions(whole)[:, ids.shape[1] :],
-                past_key_values=cache,
-            ).logits
-        logits = torch.cat([first, rest], dim=1)  # (rows, longest answer, vocabulary)
+        if seen is not None:
+            # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
+            seen = torch.cat([seen.repeat_interleave(samples, 0), torch.ones_like(targets[:, 1:])], dim=1)
+        with adapted.rows([mixture for mixture in mixtures for _ in range(samples)]):
+            rest = _forward(adapted, targets[:, :-1], seen, cache, logits_to_keep=0)
+        logits = torch.cat([logits, rest], dim=1)  # (rows, longest answer, vocabulary)
     # Flat, because torch's cross entropy over a class dimension that is not the last sums it ten times less exactly.
     flat = (logits.float() / temperature).flatten(0, 1)
     logs = -nn.functional.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
@@ -169,12 +192,41 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def _forward(adapted: SpectralModel, ids: Tensor, mask: Tensor | None, cache: DynamicCache):
-    arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+def _prefill(
+    adapted: SpectralModel, prompts: Sequence[Sequence[int]], mixtures: Sequence[Deltas | None], prefix: Prefix | None
+) -> tuple[Tensor, Tensor | None, DynamicCache]:
+    """Run the prompts: logits of their last tokens (rows, 1, vocabulary), mask (rows, tokens) or None, and cache."""
+    if prefix is None:
+        # Each prompt keeps a token of its own, for the logits.
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+        rows_saved = len(mixtures) - len(_distinct(mixtures))
+        if alike * rows_saved >= _LEAST_SAVING:
+            prefix = compute_prefix(adapted, prompts[0][:alike], mixtures)
+            prompts = [prompt[alike:] for prompt in prompts]
+    cache = DynamicCache(config=adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
+    ids, mask = pad_left(prompts, adapted.model.device)
+    if mask is not None and prefix is not None:
+        mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
+    with adapted.rows(mixtures):
+        logits = _forward(adapted, ids, mask, cache)
+    return logits, mask, cache
+
+
+def _distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:
+    """Each mixture once; two are the same if they are one object."""
+    return list({id(mixture): mixture for mixture in mixtures}.values())
+
+
+def _forward(
+    adapted: SpectralModel, ids: Tensor, mask: Tensor | None, cache: DynamicCache, logits_to_keep: int = 1
+) -> Tensor:
+    """Logits of the last tokens, or of all for 0; ids (rows, new tokens), mask (rows, all tokens)."""
+    arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
     if mask is not None:
         arguments["attention_mask"] = mask
         arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]
-    return adapted.model(**arguments)
+    return adapted.model(**arguments).logits
 
 
 class _TokenChooser:

@@ -221,7 +221,7 @@ def test_answers_score_and_learn_as_the_plain_way_does(request, name, lengths):
         [torch.randint(3, 49000, (length,), generator=generator).tolist() for length in group] for group in lengths
     ]
     deltas = {path: delta.requires_grad_() for path, delta in random_deltas(model.adapted, 3).items()}
-    logs, mask = answer_log_probabilities(model.adapted, prompts, groups, deltas)
+    logs, mask = answer_log_probabilities(model.adapted, prompts, groups, [deltas] * len(prompts))
     assert mask.sum(1).tolist() == [length for group in lengths for length in group]
     # Every token weighs differently, as advantages make them.
     weights = torch.randn(logs.shape, generator=generator) * mask
@@ -240,7 +240,7 @@ def test_answers_score_and_learn_as_the_plain_way_does(request, name, lengths):
 
 def test_base_answers_score_as_the_plain_model_scores_them(real, plain, prompts, greedy_alone):
     with torch.no_grad():
-        logs, _ = answer_log_probabilities(real.adapted, [prompts[0]], [[greedy_alone[0]]], None)
+        logs, _ = answer_log_probabilities(real.adapted, [prompts[0]], [[greedy_alone[0]]], [None])
         logits = plain(torch.tensor([prompts[0] + greedy_alone[0]])).logits[0, len(prompts[0]) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(greedy_alone[0])[:, None])[:, 0]
     torch.testing.assert_close(logs[0], expected, rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ All ways do the same work: sampled answers to the same prompts, all of the same 
 the gradient of every z. They differ in how:
 
 - `shared` is what `t2app.training` does: each prompt is computed once for all its samples, the weights are not written;
-- `repeated` is the same with the prompt computed anew for every sample;
+- `repeated` is the same with the whole prompt computed anew for every sample;
 - `composed` is how the authors' code does it: W' = U diag(σ ⊙ z) Vᵀ is composed and written into the model, the
   gradient of every W' is taken and pushed on to z, and the prompt is computed anew for every sample;
 - `lora` trains a LoRA of rank 16 on the same layers, with the prompts shared.
@@ -13,15 +13,16 @@ the gradient of every z. They differ in how:
 import gc
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.decoding import answer_log_probabilities, collected, decode
+from t2app.decoding import Prefix, answer_log_probabilities, collected, decode
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, linear_layer
@@ -68,12 +69,17 @@ class _Way:
     def mixture(self) -> Deltas | None:
         return {path: parameter.detach() for path, parameter in self.parameters.items()}
 
+    def prefix(self, mixtures: Sequence[Deltas | None]) -> Prefix | None:
+        """That the decoder finds for itself, or one of no tokens: then all prompts are computed whole."""
+        return None if self.once else Prefix(0, mixtures, DynamicCache(config=self.model.adapted.model.config))
+
     def sample(self, batch: _Batch) -> None:
         repeated, samples = (1, _SAMPLES) if self.once else (_SAMPLES, 1)
         prompts = [prompt for prompt in batch.prompts for _ in range(repeated)]
         sampling = Sampling(_ANSWER_TOKENS, temperature=1.0)
         # No token ends an answer: all ways then sample answers of the same length.
-        collected(decode(self.model.adapted, prompts, [self.mixture()] * len(prompts), sampling, (), samples))
+        mixtures, adapted = [self.mixture()] * len(prompts), self.model.adapted
+        collected(decode(adapted, prompts, mixtures, sampling, (), samples, prefix=self.prefix(mixtures)))
 
     def update(self, batch: _Batch) -> None:
         self.optimizer.zero_grad()
@@ -85,7 +91,8 @@ class _Way:
         if not self.once:
             prompts = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
             groups = [[answer] for group in groups for answer in group]
-        logs, mask = answer_log_probabilities(self.model.adapted, prompts, groups, mixture)
+        mixtures, adapted = [mixture] * len(prompts), self.model.adapted
+        logs, mask = answer_log_probabilities(adapted, prompts, groups, mixtures, prefix=self.prefix(mixtures))
         advantages = torch.arange(len(logs)).remainder(2).mul(2).sub(1).to(logs.device)  # as many good as bad
         return -(advantages[:, None] * logs * mask).mean()
 

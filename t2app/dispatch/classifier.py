@@ -41,5 +41,5 @@ class ClassifierDispatch:
         expert = self._model.classifier
         asked = self._model.prompt_ids(question(prompt))
         mixture = mix([expert], {expert.name: 1.0})
-        logs, mask = answer_log_probabilities(self._model.adapted, [asked], [self._labels], mixture)
+        logs, mask = answer_log_probabilities(self._model.adapted, [asked], [self._labels], [mixture])
         return (logs * mask).sum(1).float()

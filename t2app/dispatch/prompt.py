@@ -46,8 +46,9 @@ class PromptDispatch:
         tokenizer = self._model.tokenizer
         labels = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in self._categories]
         questions = [tokenizer(self._question(prompt))["input_ids"] for prompt in prompts]
-        logs, mask = answer_log_probabilities(self._model.adapted, questions, [labels] * len(questions), None)
-        return (logs * mask).sum(1).view(len(questions), len(labels)).float()
+        n = len(questions)
+        logs, mask = answer_log_probabilities(self._model.adapted, questions, [labels] * n, [None] * n)
+        return (logs * mask).sum(1).view(n, len(labels)).float()
 
     def _question(self, prompt: str) -> str:
         categories = "".join(f"- {label}: {description}\n" for label, description in self._categories.items())

@@ -6,7 +6,8 @@ What differs from the paper's recipe (section 3.1, and the authors' code), by de
    prompt that is always or never answered then says nothing, and costs no backward pass. `advantage="plain"` is ±1.
 2. z starts at exactly 1, so that step 0 is the base model; the authors' sigmoid starts away from it.
 3. The gradient's norm is clipped to 1 and not to 0.001, which under Adam only matters for outliers.
-4. A prompt's tokens are computed once for all its samples, in the rollout and in the update.
+4. A prompt's tokens are computed once for all its samples, and what all prompts begin with once for all of them, in the
+   rollout and in the update.
 5. A few supervised steps come first: sampled at temperature 1 the embedded model is right so rarely that most groups
    of its answers say nothing. `warm_start_steps=0` is RL alone.
 
@@ -161,8 +162,9 @@ class Trainer:
         self.optimizer.zero_grad()
         lengths = [len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True)]
         for part in _parts(mine, lengths):
+            mixtures = [self.parameters] * len(part)
             logs, mask = answer_log_probabilities(
-                self.model.adapted, [prompts[i] for i in part], [[solutions[i]] for i in part], self.parameters
+                self.model.adapted, [prompts[i] for i in part], [[solutions[i]] for i in part], mixtures
             )
             part_loss = -(logs * mask).sum() / tokens
             part_loss.backward()
@@ -241,12 +243,12 @@ class Trainer:
 
     def _loss(self, prompts: Sequence, groups: Sequence[Sequence[Sequence[int]]], advantages: Tensor) -> Tensor:
         """−Σ A·log π_z(answer) + λ·Σ KL over the answers of some prompts; advantages is (prompts, samples)."""
-        temperature = self.settings.temperature
-        logs, mask = answer_log_probabilities(self.model.adapted, prompts, groups, self.parameters, temperature)
+        adapted, n, temperature = self.model.adapted, len(prompts), self.settings.temperature
+        logs, mask = answer_log_probabilities(adapted, prompts, groups, [self.parameters] * n, temperature)
         loss = -(advantages.to(logs.device).view(-1, 1) * logs * mask).sum()
         if self.settings.kl_weight:
             with torch.no_grad():
-                base, _ = answer_log_probabilities(self.model.adapted, prompts, groups, None, temperature)
+                base, _ = answer_log_probabilities(adapted, prompts, groups, [None] * n, temperature)
             # Its gradient over samples of π_z is that of KL(π_z ‖ π_base); that of the better known estimator, which
             # has the divergence itself as its mean, is not.
             loss = loss + self.settings.kl_weight * (0.5 * (base - logs).square() * mask).sum()
