@@ -7,6 +7,7 @@ kept in a file, from which an evaluation that was cut off goes on.
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,29 +90,29 @@ def greedy_answers(
         kept: answers that need not be given again, and where new ones are added.
     """
     sampling = Sampling(max_new_tokens=task.max_new_tokens)
-    prompts = [model.prompt_ids(example.prompt) for example in examples]
-    answers: list[str | None] = [None] * len(examples)
-    keys = [""] * len(examples)
-    if kept is not None:
-        digests = _Digests()
-        about = f"{model.identity.fingerprint} {model.precision} {task.max_new_tokens}"
-        keys = [f"{about} {digests.of(m)} {_sha256(e.prompt)}" for e, m in zip(examples, mixtures, strict=True)]
-        answers = [kept.get(key) for key in keys]
-        progress(sum(answer is not None for answer in answers))
+    digests = _Digests()
+    about = f"{model.identity.fingerprint} {model.precision} {task.max_new_tokens}"
+    keys = [f"{about} {digests.of(m)} {_sha256(e.prompt)}" for e, m in zip(examples, mixtures, strict=True)]
+    # A dispatched mixture often is an expert's own: what is asked for twice is answered once.
+    asked, times = dict(zip(keys, zip(examples, mixtures, strict=True), strict=True)), Counter(keys)
+    prompts = {key: model.prompt_ids(example.prompt) for key, (example, _) in asked.items()}
+    answers = {} if kept is None else {key: kept.get(key) for key in asked if kept.get(key) is not None}
+    progress(sum(times[key] for key in answers))
     # Prompts of like length share a batch: less padding, and rows that end together.
-    order = sorted((i for i, answer in enumerate(answers) if answer is None), key=lambda i: len(prompts[i]))
+    order = sorted((key for key in asked if key not in answers), key=lambda key: len(prompts[key]))
     for start in range(0, len(order), _BATCH_ROWS):
         # Base rows first: the others are then a slice of the batch, which is edited without a copy.
-        batch = sorted(order[start : start + _BATCH_ROWS], key=lambda i: mixtures[i] is not None)
+        batch = sorted(order[start : start + _BATCH_ROWS], key=lambda key: asked[key][1] is not None)
         steps = decode(
-            model.adapted, [prompts[i] for i in batch], [mixtures[i] for i in batch], sampling, model.eos_ids
+            model.adapted, [prompts[key] for key in batch], [asked[key][1] for key in batch], sampling, model.eos_ids
         )
-        for i, row in zip(batch, collected(steps), strict=True):
-            answers[i] = model.tokenizer.decode(row, skip_special_tokens=True)
+        rows = zip(batch, collected(steps), strict=True)
+        new = {key: model.tokenizer.decode(row, skip_special_tokens=True) for key, row in rows}
+        answers |= new
         if kept is not None:
-            kept.add({keys[i]: answers[i] for i in batch})
-        progress(len(batch))
-    return answers
+            kept.add(new)
+        progress(sum(times[key] for key in batch))
+    return [answers[key] for key in keys]
 
 
 def evaluate(

@@ -48,6 +48,19 @@ def alone(tiny, mixtures) -> list[str]:
     return [tiny.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
+@pytest.fixture
+def decoded(monkeypatch) -> list:
+    """Grows by every prompt that is decoded."""
+    rows = []
+
+    def counted(adapted, prompts, *arguments):
+        rows.extend(prompts)
+        return decode(adapted, prompts, *arguments)
+
+    monkeypatch.setattr("t2app.evaluation.decode", counted)
+    return rows
+
+
 @pytest.mark.parametrize(
     ("correct", "n", "low", "high"),
     [(0, 10, 0.0, 0.2775), (8, 10, 0.4902, 0.9433), (50, 100, 0.4038, 0.5962), (500, 500, 0.9924, 1.0)],
@@ -94,24 +107,26 @@ def test_p_value_looks_only_at_examples_that_differ():
     assert _p_value([False] * 10, [True] * 10) == _p_value([True] * 10, [False] * 10) == pytest.approx(2 / 2**10)
 
 
-def test_answers_that_were_kept_are_not_given_again(tiny, mixtures, alone, tmp_path, monkeypatch):
+def test_answers_that_were_kept_are_not_given_again(tiny, mixtures, alone, decoded, tmp_path):
     file = tmp_path / "answers.jsonl"
     assert greedy_answers(tiny, Exact(), EXAMPLES, mixtures, kept=AnswerFile(file)) == alone
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == len(EXAMPLES)
     # Cut off in the middle of a line: that answer and the ones after it are given again, the others are not.
     file.write_text("".join(lines[:70]) + lines[70][:20])
-    rows = []
-
-    def counted(adapted, prompts, *arguments):
-        rows.extend(prompts)
-        return decode(adapted, prompts, *arguments)
-
-    monkeypatch.setattr("t2app.evaluation.decode", counted)
+    decoded.clear()
     done = []
     assert greedy_answers(tiny, Exact(), EXAMPLES, mixtures, done.append, AnswerFile(file)) == alone
-    assert len(rows) == 10 and sum(done) == len(EXAMPLES)
+    assert len(decoded) == 10 and sum(done) == len(EXAMPLES)
     assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_what_is_asked_for_twice_is_answered_once(tiny, mixtures, alone, decoded):
+    done = []
+    copies = [dict(mixture) if mixture else None for mixture in mixtures[:6]]
+    twice = greedy_answers(tiny, Exact(), EXAMPLES[:6] * 2, [*mixtures[:6], *copies], done.append)
+    assert twice == alone[:6] * 2
+    assert len(decoded) == 6 and sum(done) == 12
 
 
 def test_kept_answers_are_of_one_mixture_one_length_and_one_prompt(tiny, mixtures, tmp_path):
