@@ -154,7 +154,7 @@ def test_lora_is_trained_by_the_same_loop_and_written_in_pefts_format(start, tmp
     # Two blocks of three layers with two matrices each, of 32 × 80 features.
     assert len(written) == 12 and sum(value.numel() for value in written.values()) == 6 * 4 * (32 + 80)
     card = (out / "math" / "README.md").read_text()
-    assert "rank 4, 2,688 numbers" in card and "| arithmetic | test | math |" in card
+    assert "6 layers, rank 4, 2,688 numbers" in card and "| arithmetic | test | math |" in card
 
 
 def test_ablation_trains_a_variation_with_every_seed_and_goes_on_from_what_is_there(tiny_folder, tmp_path, monkeypatch):

@@ -29,6 +29,9 @@ class LoraModel:
     Args:
         model: its linear layers named by `paths` get a LoRA of this rank beside them, which starts without effect.
         seed: of the matrices that start at random.
+
+    Attributes:
+        layers: those that have a LoRA.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], rank: int, seed: int):
@@ -36,7 +39,7 @@ class LoraModel:
         self.config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(paths))
         torch.manual_seed(seed)
         inject_adapter_in_model(self.config, model, _ADAPTER)
-        self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for parameter in self.trainable().values():
             # As the z of an expert, whatever the precision of the weights.
             parameter.data = parameter.data.float()
@@ -57,7 +60,7 @@ class LoraModel:
         hooks = []
         if plan is not None:
             hook = partial(_with_adapter_names, plan)
-            hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers]
+            hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self.layers]
         try:
             yield
         finally:
@@ -104,7 +107,7 @@ class LoraTrainer(Trainer):
         identity, lora = self.model.identity, self.model.adapted
         about = {
             "model": f"{identity.model}, revision {identity.revision}",
-            "adapts": f"{len(lora.config.target_modules)} layers, rank {lora.config.r}, "
+            "adapts": f"{len(lora.layers)} layers, rank {lora.config.r}, "
             f"{sum(parameter.numel() for parameter in self.parameters.values()):,} numbers",
         }
         text = card(
