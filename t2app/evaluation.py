@@ -66,8 +66,9 @@ class AnswerFile:
             path.write_text(whole + "\n" if whole else "", encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def get(self, key: str) -> str | None:
-        return self._answers.get(key)
+    def known(self, keys: Iterable[str]) -> dict[str, str]:
+        """The answers that there are to these keys."""
+        return {key: self._answers[key] for key in keys if key in self._answers}
 
     def add(self, answers: Mapping[str, str]) -> None:
         """Keep answers by key; they are on disk when this returns."""
@@ -94,17 +95,21 @@ def greedy_answers(
     about = f"{model.identity.fingerprint} {model.precision} {task.max_new_tokens}"
     keys = [f"{about} {digests.of(m)} {_sha256(e.prompt)}" for e, m in zip(examples, mixtures, strict=True)]
     # A dispatched mixture often is an expert's own: what is asked for twice is answered once.
-    asked, times = dict(zip(keys, zip(examples, mixtures, strict=True), strict=True)), Counter(keys)
-    prompts = {key: model.prompt_ids(example.prompt) for key, (example, _) in asked.items()}
-    answers = {} if kept is None else {key: kept.get(key) for key in asked if kept.get(key) is not None}
+    times, place = Counter(keys), {key: i for i, key in enumerate(keys)}
+    prompts = {key: model.prompt_ids(examples[i].prompt) for key, i in place.items()}
+    answers = {} if kept is None else kept.known(place)
     progress(sum(times[key] for key in answers))
     # Prompts of like length share a batch: less padding, and rows that end together.
-    order = sorted((key for key in asked if key not in answers), key=lambda key: len(prompts[key]))
+    order = sorted((key for key in place if key not in answers), key=lambda key: len(prompts[key]))
     for start in range(0, len(order), _BATCH_ROWS):
         # Base rows first: the others are then a slice of the batch, which is edited without a copy.
-        batch = sorted(order[start : start + _BATCH_ROWS], key=lambda key: asked[key][1] is not None)
+        batch = sorted(order[start : start + _BATCH_ROWS], key=lambda key: mixtures[place[key]] is not None)
         steps = decode(
-            model.adapted, [prompts[key] for key in batch], [asked[key][1] for key in batch], sampling, model.eos_ids
+            model.adapted,
+            [prompts[key] for key in batch],
+            [mixtures[place[key]] for key in batch],
+            sampling,
+            model.eos_ids,
         )
         rows = zip(batch, collected(steps), strict=True)
         new = {key: model.tokenizer.decode(row, skip_special_tokens=True) for key, row in rows}
