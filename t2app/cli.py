@@ -1,4 +1,4 @@
-"""The command line: `python -m t2app answer | experts | train | ablate | eval | bench`.
+"""The command line: `python -m t2app answer | experts | train | ablate | eval | search | bench`.
 
 With `--json` a command prints one JSON object a line on standard output and nothing else there; progress and errors go
 to standard error. Every command ends with exit code 0, or 1 and a sentence.
@@ -9,24 +9,54 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
-from t2app.dispatch import make_dispatcher
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS, title_of
+from t2app.dispatch import Dispatcher, make_dispatcher
 from t2app.engine import Engine
-from t2app.evaluation import BASE, Accuracy, AnswerFile, evaluate, results_table, write_csv
+from t2app.evaluation import (
+    BASE,
+    Accuracy,
+    AnswerFile,
+    DispatchAccuracy,
+    confusion_table,
+    evaluate,
+    evaluate_dispatch,
+    results_table,
+    write_csv,
+)
 from t2app.experts import mix
 from t2app.figures import training_curve
-from t2app.messages import DEFAULT_DISPATCH, DISPATCHERS, MANUAL, Dispatched, Finished, Sampling, Token, as_json
+from t2app.messages import (
+    DEFAULT_DISPATCH,
+    DISPATCHERS,
+    MANUAL,
+    NAMING_DISPATCHERS,
+    SCORES,
+    Dispatched,
+    Finished,
+    Sampling,
+    SearchSettings,
+    Token,
+    as_json,
+    few_shot,
+    mixture_name,
+)
+from t2app.mixtures import mixture_file, write_mixture
 from t2app.models import Model, load_model
-from t2app.spectral import Deltas, is_mlp_path
-from t2app.tasks import TASKS, Example, Task, Union, task_named
+from t2app.search import MixtureSearch, pick_shots
+from t2app.spectral import is_mlp_path
+from t2app.tasks import Task
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
+from t2app.tasks.dispatch import Dispatch, labelled_prompts
+from t2app.tasks.registry import TASKS, task_named
+from t2app.tasks.shots import shots_of_file
+from t2app.tasks.union import Union
 from t2app.training import ADVANTAGES, PRESETS, Trainer, TrainingSettings, processes
 from t2app.training.ablation import VARIATIONS, ablation, ablation_table
 
@@ -109,7 +139,8 @@ def train(options: argparse.Namespace) -> None:
         if not examples:
             continue
         columns = {name: [mixture] * len(examples) for name, mixture in mixtures.items()}
-        measured += _evaluate(trainer.model, task, examples, columns)
+        with tqdm(total=len(examples) * len(columns), desc=task.name, unit="answer") as bar:
+            measured += evaluate(trainer.model, task, examples, columns, bar.update)
     trainer.add_test(measured, f"python -m t2app {options.command}")
     training_curve({trainer.name: trainer.log.validations()}).write_html(options.out / "curve.html")
     _print_accuracies(measured, options.json)
@@ -152,29 +183,84 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
     """Measure the base model, the experts named and the dispatches named on the test split of each task."""
     tasks = [task_named(name) for name in options.task]
     model = _load(options, many_rows=True)
-    all_experts = [] if options.dispatch else [expert.name for expert in model.experts]
-    named = all_experts if options.experts is None else options.experts
-    fixed = {BASE: None} | {name: mix(model.pool, {name: 1.0}) for name in named}
     if options.weights is not None and MANUAL not in options.dispatch:
         raise ValueError("weights belong to the manual dispatch, and --dispatch does not name it")
     weights = {MANUAL: options.weights}
     dispatchers = [make_dispatcher(name, model, weights.get(name)) for name in options.dispatch]
-    kept = AnswerFile(options.answers) if options.answers is not None else None
     measured: list[Accuracy] = []
     for task in tasks:
-        examples = task.examples("test")[: options.limit]
-        mixtures = {name: [mixture] * len(examples) for name, mixture in fixed.items()}
-        for dispatcher in dispatchers:
-            mixtures[dispatcher.name] = [
-                mix(model.experts, dispatcher.decide(example.prompt).weights) for example in examples
-            ]
-        accuracies = _evaluate(model, task, examples, mixtures, kept)
+        measure = _measure_dispatch if isinstance(task, Dispatch) else _measure_mixtures
+        accuracies = measure(options, model, task, dispatchers)
         _print_accuracies(accuracies, options.json)
         measured += accuracies
     if options.csv is not None:
         write_csv(measured, options.csv)
     if options.results is not None:
         _write_results(options, model, measured)
+
+
+def _measure_mixtures(
+    options: argparse.Namespace, model: Model, task: Task, dispatchers: Sequence[Dispatcher]
+) -> list[Accuracy]:
+    """The base model's answers, the experts' and those under what the dispatchers mix."""
+    examples = task.examples("test")[: options.limit]
+    all_experts = [] if dispatchers else [expert.name for expert in model.experts]
+    named = all_experts if options.experts is None else options.experts
+    fixed = {BASE: None} | {name: mix(model.pool, {name: 1.0}) for name in named}
+    mixtures = {name: [mixture] * len(examples) for name, mixture in fixed.items()}
+    for dispatcher in dispatchers:
+        mixtures[dispatcher.name] = [
+            mix(model.experts, dispatcher.decide(example.prompt).weights) for example in examples
+        ]
+    kept = AnswerFile(options.answers) if options.answers is not None else None
+    with tqdm(total=len(examples) * len(mixtures), desc=task.name, unit="answer") as bar:
+        return evaluate(model, task, examples, mixtures, bar.update, kept)
+
+
+def _measure_dispatch(
+    options: argparse.Namespace, model: Model, task: Dispatch, dispatchers: Sequence[Dispatcher]
+) -> list[Accuracy]:
+    """The first pass itself: what the dispatchers name, by default all that do, and the answers of experts named."""
+    measured = [] if options.experts is None else _measure_mixtures(options, model, task, [])
+    if options.experts is None and not dispatchers:
+        dispatchers = [make_dispatcher(name, model) for name in NAMING_DISPATCHERS]
+    prompts = labelled_prompts("test")[: options.limit]
+    for dispatcher in dispatchers:
+        with tqdm(total=len(prompts), desc=f"{task.name} by {dispatcher.name}", unit="prompt") as bar:
+            measured.append(evaluate_dispatch(task.name, prompts, dispatcher, bar.update))
+    return measured
+
+
+def search(options: argparse.Namespace) -> None:
+    """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far."""
+    file = mixture_file(title_of(options.model), options.name)
+    given = Path(options.task)
+    task = task_named(options.task) if options.task in TASKS else shots_of_file(given)
+    settings = SearchSettings(
+        options.population, options.elite_fraction, options.rounds, options.per_layer, options.score, options.seed
+    )
+    shots = pick_shots(task, options.shots, options.seed)
+    running = MixtureSearch(_load(options, many_rows=True), task, shots, settings)
+    try:
+        for event in running.rounds():
+            if options.json:
+                _print_json(as_json(event))
+            else:
+                right = "" if event.right is None else f"{event.right} of {len(shots)} right, "
+                best = ", ".join(f"{name}={alpha:.2f}" for name, alpha in event.best.items())
+                print(
+                    f"round {event.round}: {best}   {right}{event.log_likelihood:.3f} nats a token   "
+                    f"{event.evaluations} candidates, {event.seconds:.0f} s",
+                    flush=True,
+                )
+    except KeyboardInterrupt:
+        print("stopped: the best so far is kept", file=sys.stderr)
+    found = running.found(options.name)
+    write_mixture(found, file)
+    if options.json:
+        _print_json({"event": "kept", "name": found.name, "weights": found.weights, "file": str(file)})
+    else:
+        print(f"kept as {found.name}: answer with --dispatch {few_shot(found.name)}")
 
 
 def _write_results(options: argparse.Namespace, model: Model, measured: Sequence[Accuracy]) -> None:
@@ -200,17 +286,6 @@ def run_benches(options: argparse.Namespace) -> None:
                 )
 
 
-def _evaluate(
-    model: Model,
-    task: Task,
-    examples: Sequence[Example],
-    mixtures: Mapping[str, Sequence[Deltas | None]],
-    kept: AnswerFile | None = None,
-) -> list[Accuracy]:
-    with tqdm(total=len(examples) * len(mixtures), desc=task.name, unit="answer") as bar:
-        return evaluate(model, task, examples, mixtures, bar.update, kept)
-
-
 def _load(options: argparse.Namespace, **arguments) -> Model:
     with tqdm(total=1.0, bar_format="{desc} {percentage:3.0f}%", leave=False) as bar:
 
@@ -228,6 +303,9 @@ def _print_json(row: dict) -> None:
 def _print_accuracies(accuracies: Sequence[Accuracy], as_json_lines: bool) -> None:
     if not as_json_lines:
         print(results_table(accuracies))
+        for row in accuracies:
+            if isinstance(row, DispatchAccuracy):
+                print(confusion_table(row))
         return
     for row in accuracies:
         low, high = row.interval
@@ -269,6 +347,10 @@ def _name_of(known: Collection[str]) -> Callable[[str], str]:
     return name
 
 
+def _dispatch_name(text: str) -> str:
+    return text if mixture_name(text) else _name_of((*DISPATCHERS, few_shot("NAME")))(text)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no count; a whole number from 1 was expected")
@@ -292,7 +374,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("answer", parents=[common, dispatch], help="answer a prompt, adapted and base")
     command.add_argument("prompt", metavar="PROMPT")
-    command.add_argument("--dispatch", choices=DISPATCHERS, default=DEFAULT_DISPATCH, help="who decides the mixture")
+    command.add_argument(
+        "--dispatch",
+        type=_dispatch_name,
+        default=DEFAULT_DISPATCH,
+        metavar="NAME",
+        help=f"who decides the mixture: {', '.join(DISPATCHERS)} or {few_shot('NAME')} ({DEFAULT_DISPATCH})",
+    )
     command.add_argument("--max-new-tokens", type=_count, default=Sampling.max_new_tokens, metavar="N")
     command.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="T", help="0 is greedy")
     command.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P")
@@ -355,13 +443,38 @@ def _parser() -> argparse.ArgumentParser:
         "--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all but the classifier)"
     )
     command.add_argument(
-        "--dispatch", type=_names_of(DISPATCHERS), default=[], metavar="NAME,…", help="also what these mix"
+        "--dispatch",
+        type=lambda text: [_dispatch_name(name) for name in text.split(",")],
+        default=[],
+        metavar="NAME,…",
+        help="also what these mix",
     )
     command.add_argument("--limit", type=_count, metavar="N", help="only the first N examples")
     command.add_argument("--answers", type=Path, metavar="FILE", help="keep answers there, and go on from those in it")
     command.add_argument("--csv", type=Path, metavar="FILE", help="also write the table there")
     command.add_argument("--results", type=Path, metavar="FILE", help="also write table and command there, as Markdown")
     command.set_defaults(run=evaluate_tasks)
+
+    command = commands.add_parser("search", parents=[common, data], help="search a mixture on a few solved examples")
+    command.add_argument(
+        "task", metavar="TASK|FILE", help="a task, or a file of one JSON object a line with prompt and answer"
+    )
+    command.add_argument("--name", required=True, help="to keep the mixture by")
+    command.add_argument("--shots", type=_count, default=10, metavar="N", help="solved examples (10)")
+    command.add_argument("--per-layer", action="store_true", help="an α for each expert and block, not each expert")
+    command.add_argument(
+        "--score", choices=SCORES, default=SearchSettings.score, help="decode and check, or likelihood of the answers"
+    )
+    for name, kind, help_text in (
+        ("rounds", _count, "rounds at most"),
+        ("population", _count, "candidates a round"),
+        ("elite_fraction", float, "share of them that the next round is drawn around"),
+        ("seed", int, "of examples and candidates"),
+    ):
+        default = getattr(SearchSettings, name)
+        flag = f"--{name.replace('_', '-')}"
+        command.add_argument(flag, type=kind, default=default, help=f"{help_text} ({default})")
+    command.set_defaults(run=search)
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")
     command.add_argument(

@@ -25,6 +25,10 @@ from t2app.spectral import Deltas, SpectralModel
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
 _LEAST_SAVING = 64
+# Answers are scored in parts. The tokens of a part bound its memory, since logits are tokens × vocabulary; the ratio of
+# its longest row to its shortest bounds the work that is lost to padding.
+_PART_TOKENS = 4096
+_PART_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,19 @@ def answer_log_probabilities(
     flat = (logits.float() / temperature).flatten(0, 1)
     logs = -nn.functional.cross_entropy(flat, targets.flatten(), reduction="none").view_as(targets)
     return logs, mask
+
+
+def parts_by_length(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows that are scored together: in order of length, with little padding, and no more than memory should hold."""
+    part: list[int] = []
+    for row in sorted(rows, key=lengths.__getitem__):
+        length = lengths[row]
+        if part and ((len(part) + 1) * length > _PART_TOKENS or length > _PART_RATIO * lengths[part[0]]):
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator, Mapping
 
 from t2app.decoding import TextStream, decode
-from t2app.dispatch import Decision, Dispatcher, make_dispatcher
-from t2app.experts import mix
-from t2app.messages import Dispatched, Event, Finished, Sampling, Token
+from t2app.dispatch import Dispatcher, make_dispatcher
+from t2app.experts import mean_changes, mix, share
+from t2app.messages import NAMING_DISPATCHERS, Dispatched, Event, Finished, Sampling, Searched, Token
 from t2app.models import Model
+from t2app.search import MixtureSearch
+from t2app.spectral import Deltas
 
 STREAMS = ("base", "adapted")
 
@@ -30,8 +32,8 @@ class Engine:
         self._turn = threading.Lock()
 
     def dispatcher(self, name: str, weights: Mapping[str, float] | None = None) -> Dispatcher:
-        """See `make_dispatcher`; one that looks at the prompt is kept, since it measures its labels' prior once."""
-        if weights is not None:
+        """See `make_dispatcher`; one that names the prompt's category is kept, since it prepares its question once."""
+        if weights is not None or name not in NAMING_DISPATCHERS:
             return make_dispatcher(name, self.model, weights)
         if name not in self._dispatchers:
             self._dispatchers[name] = make_dispatcher(name, self.model)
@@ -58,12 +60,20 @@ class Engine:
             started = time.perf_counter()
             decision = dispatcher.decide(prompt)
             seconds = round(time.perf_counter() - started, 4)
-            yield Dispatched(decision.label, decision.weights, decision.probabilities, seconds, decision.note)
-            yield from self._second_pass(ids, decision, sampling)
+            mixture = mix(self.model.experts, decision.weights)
+            weights = {name: share(alpha) for name, alpha in decision.weights.items()}
+            changes = mean_changes(mixture)
+            yield Dispatched(decision.label, weights, decision.probabilities, seconds, decision.note, changes)
+            yield from self._second_pass(ids, mixture, sampling)
 
-    def _second_pass(self, ids: list[int], decision: Decision, sampling: Sampling) -> Iterator[Event]:
+    def search(self, search: MixtureSearch) -> Iterator[Searched]:
+        """Run a search, as one of the callers that wait for each other; closing the iterator ends it."""
+        with self._turn:
+            yield from search.rounds()
+
+    def _second_pass(self, ids: list[int], mixture: Deltas | None, sampling: Sampling) -> Iterator[Event]:
         """One batch of two rows: the base model's and the mixture's."""
-        mixtures = [None, mix(self.model.experts, decision.weights)]
+        mixtures = [None, mixture]
         streams = [TextStream(self.model.tokenizer) for _ in STREAMS]
         counts = [0] * len(STREAMS)
         started = time.perf_counter()

@@ -9,13 +9,15 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from t2app.decoding import collected, decode
+from t2app.dispatch import Dispatcher
+from t2app.experts import digest
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
@@ -47,6 +49,13 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         low, high = proportion_confint(self.correct, self.n, alpha=0.05, method="wilson")
         return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class DispatchAccuracy(Accuracy):
+    """How often a dispatch names the category; `confusion` counts what was named, by the right category."""
+
+    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class AnswerFile:
@@ -153,6 +162,31 @@ def evaluate(
     ]
 
 
+def evaluate_dispatch(
+    task: str,
+    prompts: Sequence[tuple[str, str]],
+    dispatcher: Dispatcher,
+    progress: Callable[[int], None] = lambda done: None,
+) -> DispatchAccuracy:
+    """How often `dispatcher` names the category of prompts, which come with the right one.
+
+    Raises:
+        ValueError: there is no prompt, or the dispatcher names no categories.
+    """
+    if not prompts:
+        raise ValueError(f"there are no examples of '{task}' to evaluate on")
+    confusion: dict[str, Counter[str]] = {}
+    for prompt, label in prompts:
+        named = dispatcher.decide(prompt).label
+        if named is None:
+            raise ValueError(f"the dispatch '{dispatcher.name}' names no category, which '{task}' measures")
+        confusion.setdefault(label, Counter())[named] += 1
+        progress(1)
+    right = sum(counts[label] for label, counts in confusion.items())
+    counts = {label: dict(confusion[label]) for label in sorted(confusion)}
+    return DispatchAccuracy(task, dispatcher.name, right, len(prompts), confusion=counts)
+
+
 def write_csv(accuracies: Iterable[Accuracy], path: Path) -> None:
     """One line a task and mixture, under a line of names."""
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -177,6 +211,15 @@ def results_table(accuracies: Iterable[Accuracy]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def confusion_table(row: DispatchAccuracy) -> str:
+    """What a dispatch named, by the right category, as a Markdown table."""
+    named = sorted({label for counts in row.confusion.values() for label in counts})
+    lines = [f"| {row.mixture}, right: | named {' | '.join(named)} |", "| --- |" + " --- |" * len(named)]
+    for label, counts in row.confusion.items():
+        lines.append(f"| {label} | {' | '.join(str(counts.get(name, 0)) for name in named)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _p_value(base: Sequence[bool], mixture: Sequence[bool]) -> float:
     gained = sum(not before and after for before, after in zip(base, mixture, strict=True))
     lost = sum(before and not after for before, after in zip(base, mixture, strict=True))
@@ -195,10 +238,7 @@ class _Digests:
         if mixture is None:
             return BASE
         if id(mixture) not in self._by_id:
-            digest = hashlib.sha256()
-            for path in sorted(mixture):
-                digest.update(path.encode() + mixture[path].detach().cpu().float().numpy().tobytes())
-            self._by_id[id(mixture)] = (mixture, digest.hexdigest())
+            self._by_id[id(mixture)] = (mixture, digest(mixture))
         return self._by_id[id(mixture)][1]
 
 

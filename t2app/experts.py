@@ -5,8 +5,10 @@ string metadata. Reading one executes nothing, and everything is checked before 
 models are loaded or run; it takes a `WeightsIdentity` to check an expert against.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2app.spectral import Deltas
+from t2app.spectral import Deltas, block_of
+
+# How much of an expert is mixed in: one α for the whole model, or one for each of its blocks.
+Alpha = float | Sequence[float]
 
 FORMAT_VERSION = "1"
 _REQUIRED_METADATA = ("format_version", "model", "revision", "fingerprint", "label", "description")
@@ -39,6 +44,10 @@ class WeightsIdentity:
     revision: str
     fingerprint: str
     ranks: Mapping[str, int]
+
+    @property
+    def blocks(self) -> int:
+        return 1 + max(map(block_of, self.ranks))
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,31 @@ class Expert:
     def parameters(self) -> int:
         return sum(z.numel() for z in self.z.values())
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over its numbers: which training's result this is, whatever its name."""
+        return digest(self.z)
 
-def mix(experts: Iterable[Expert], weights: Mapping[str, float]) -> Deltas | None:
+
+def digest(vectors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over vectors and their names, whatever order they come in."""
+    sha = hashlib.sha256()
+    for path in sorted(vectors):
+        sha.update(path.encode() + vectors[path].detach().cpu().float().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def share(alpha: Alpha) -> float:
+    """An α as one number: the mean over the blocks where there is one for each."""
+    return sum(alpha) / len(alpha) if isinstance(alpha, Sequence) else float(alpha)
+
+
+def mean_changes(mixture: Deltas | None) -> dict[str, float]:
+    """Mean |z − 1| of every layer that a mixture changes, by the layer's path: where it differs from the base model."""
+    return {path: float(delta.abs().mean()) for path, delta in (mixture or {}).items()}
+
+
+def mix(experts: Iterable[Expert], weights: Mapping[str, Alpha]) -> Deltas | None:
     """z' − 1 = Σ αₖ (zₖ − 1) by layer path (paper, section 3.2), or None where that leaves the base model as it is.
 
     Where the α sum to 1 this is the paper's Σ αₖ zₖ; what they lack to 1 is the base model's share.
@@ -85,21 +117,33 @@ def mix(experts: Iterable[Expert], weights: Mapping[str, float]) -> Deltas | Non
         weights: α by expert name; an expert that is not named takes no part.
 
     Raises:
-        ExpertError: a weight names no expert, or is not finite.
+        ExpertError: a weight names no expert, is not finite, or has another number of blocks than the expert.
     """
     by_name = {expert.name: expert for expert in experts}
     deltas: dict[str, Tensor] = {}
     for name, alpha in weights.items():
         if name not in by_name:
             raise ExpertError(f"there is no expert '{name}'; this model has {_listed(by_name)}")
-        if not torch.isfinite(torch.tensor(float(alpha))):
-            raise ExpertError(f"the weight of expert '{name}' is {alpha}; a finite number was expected")
-        if alpha == 0:
-            continue
-        for path, z in by_name[name].z.items():
-            delta = alpha * (z - 1)
+        expert = by_name[name]
+        alphas = _by_block(name, alpha, expert.weights.blocks)
+        for path, vector in expert.z.items():
+            if alphas[block_of(path)] == 0:
+                continue
+            delta = alphas[block_of(path)] * (vector - 1)
             deltas[path] = deltas[path] + delta if path in deltas else delta
     return deltas or None
+
+
+def _by_block(name: str, alpha: Alpha, blocks: int) -> Sequence[float]:
+    """An expert's α of every block."""
+    alphas = alpha if isinstance(alpha, Sequence) else [float(alpha)] * blocks
+    if len(alphas) != blocks:
+        raise ExpertError(
+            f"expert '{name}' has {len(alphas)} weights; one for each of its {blocks} blocks was expected"
+        )
+    if wrong := [value for value in alphas if not math.isfinite(value)]:
+        raise ExpertError(f"the weight of expert '{name}' is {wrong[0]}; a finite number was expected")
+    return alphas
 
 
 def save_expert(expert: Expert, path: Path) -> None:

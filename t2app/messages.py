@@ -3,14 +3,32 @@ before a model can be loaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from t2app.categories import CLASSIFIER
 
 # The ways to decide a mixture, as the command line and the page name them.
-PROMPT, MANUAL = "prompt", "manual"
-DISPATCHERS = (CLASSIFIER, PROMPT, MANUAL)
+PROMPT, PROMPT_SOFT, MANUAL = "prompt", "prompt-soft", "manual"
+DISPATCHERS = (CLASSIFIER, PROMPT, PROMPT_SOFT, MANUAL)
+# Those that look at the prompt and name its category.
+NAMING_DISPATCHERS = (CLASSIFIER, PROMPT, PROMPT_SOFT)
 DEFAULT_DISPATCH = CLASSIFIER
+# A mixture that a search found is a dispatch as well: `few-shot:NAME`.
+FEW_SHOT = "few-shot"
+# What a search goes by: answers decoded and checked, or the likelihood of the right ones.
+EXACT, LIKELIHOOD = "exact", "likelihood"
+SCORES = (EXACT, LIKELIHOOD)
+
+
+def few_shot(name: str) -> str:
+    """The dispatch by the mixture that is kept as `name`."""
+    return f"{FEW_SHOT}:{name}"
+
+
+def mixture_name(dispatch: str) -> str | None:
+    """The name of the kept mixture that a dispatch stands for, None where it is another dispatch."""
+    way, colon, name = dispatch.partition(":")
+    return name if way == FEW_SHOT and colon else None
 
 
 @dataclass(frozen=True)
@@ -39,8 +57,8 @@ class Sampling:
 class Dispatched:
     """The first pass is done.
 
-    `probabilities` is None where the dispatch has none; `note` is a sentence on why it did not do as it was asked, None
-    where it did.
+    `probabilities` is None where the dispatch has none; `note` is a sentence on how it decided, None where the rest
+    tells that; `changes` is the mean |z − 1| of every layer that the mixture changes, by the layer's path.
     """
 
     label: str | None
@@ -48,6 +66,7 @@ class Dispatched:
     probabilities: Mapping[str, float] | None
     seconds: float
     note: str | None = None
+    changes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,10 +90,65 @@ class Finished:
     tokens_per_second: float
 
 
-Event = Dispatched | Token | Finished
+@dataclass(frozen=True)
+class SearchSettings:
+    """How a mixture is searched, by default as in the authors' code.
+
+    Attributes:
+        population: candidates a round; elite_fraction: the share of them that the next round is drawn around.
+        rounds: at most; a search whose candidates have become alike ends before.
+        per_layer: an α for each expert and block, not for each expert.
+        score: one of SCORES; seed: of the draws.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    population: int = 32
+    elite_fraction: float = 0.2
+    rounds: int = 50
+    per_layer: bool = False
+    score: str = EXACT
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.population < 2:
+            raise ValueError(f"population is {self.population}; at least 2 was expected")
+        if not 0 < self.elite_fraction <= 1:
+            raise ValueError(f"elite_fraction is {self.elite_fraction}; more than 0 and at most 1 was expected")
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; at least 1 was expected")
+        if self.score not in SCORES:
+            raise ValueError(f"there is no score '{self.score}'; choose one of {', '.join(SCORES)}")
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One round of a search is done. With an α for each block, `mean`, `spread` and `best` are means over the blocks.
+
+    Attributes:
+        mean, spread: of the elites' α, by expert.
+        best: α of the best candidate so far, by expert.
+        right: how many of the examples that one answers rightly, None where the score does not look at that.
+        log_likelihood: of the right answers under that one, in nats a token.
+        evaluations: candidates evaluated so far; seconds: since the search began.
+    """
+
+    round: int
+    mean: Mapping[str, float]
+    spread: Mapping[str, float]
+    best: Mapping[str, float]
+    right: int | None
+    log_likelihood: float
+    evaluations: int
+    seconds: float
+
+
+Event = Dispatched | Token | Finished | Searched
 
 
 def as_json(event: Event) -> dict:
-    """The event as the command line prints it, with its name under "event"."""
+    """The event as the command line prints it, with its name under "event"; `changes` is for pictures only."""
     fields = {key: value for key, value in asdict(event).items() if value is not None or key == "label"}
+    fields.pop("changes", None)
     return {"event": type(event).__name__.lower(), **fields}

@@ -231,6 +231,11 @@ def block_linear_paths(model: nn.Module, keep: Callable[[str], bool] = lambda pa
     return paths
 
 
+def block_of(path: str) -> int:
+    """The number of the block that a layer belongs to, by the name that the model gives it."""
+    return next(int(part) for part in path.split(".") if part.isdecimal())
+
+
 def is_mlp_path(path: str) -> bool:
     """Whether a layer belongs to a block's MLP, by the name that the model gives it."""
     return ".mlp." in path

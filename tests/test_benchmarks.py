@@ -7,9 +7,10 @@ from fractions import Fraction
 import pytest
 
 from t2app.categories import question as dispatch_question
-from t2app.tasks import TASKS, Example
+from t2app.tasks import Example
 from t2app.tasks.benchmark_data import DataError
 from t2app.tasks.numbers import last_number
+from t2app.tasks.registry import TASKS
 
 PROGRAM = "def twice(x):\r\n    return 2 * x"
 MBPP_ROW = {

@@ -8,7 +8,9 @@ import sys
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+from t2app.catalogue import DEFAULT_MODEL
 from t2app.experts import load_expert
+from t2app.mixtures import mixture_file
 from t2app.models import load_model
 
 
@@ -113,6 +115,25 @@ def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
     assert [row["step"] for row in json_lines(*arguments, "--steps", "2") if "step" in row] == [2]
 
 
+def test_search_keeps_a_mixture_that_answers_and_evaluations_use(tmp_path):
+    file = tmp_path / "capitals.jsonl"
+    rows = [{"prompt": f"What is {a} + {a}?", "answer": str(2 * a)} for a in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = mixture_file(DEFAULT_MODEL, "made-by-a-test")
+    try:
+        arguments = ("--name", "made-by-a-test", "--score", "likelihood", "--population", "5", "--rounds", "2")
+        *rounds, last = json_lines("search", str(file), *arguments)
+        assert [row["event"] for row in rounds] == ["searched"] * len(rounds) and 1 <= len(rounds) <= 2
+        assert set(rounds[0]["mean"]) == set(rounds[0]["spread"]) == set(rounds[0]["best"]) == set(last["weights"])
+        assert last["event"] == "kept" and last["file"] == str(kept)
+        first, *_ = json_lines("answer", "Hello", "--dispatch", "few-shot:made-by-a-test", "--max-new-tokens", "2")
+        assert first["weights"] == pytest.approx(last["weights"]) and "capitals" in first["note"]
+        rows = json_lines("eval", "arithmetic", "--dispatch", "few-shot:made-by-a-test", "--limit", "4")
+        assert [row["mixture"] for row in rows] == ["base", "few-shot:made-by-a-test"]
+    finally:
+        kept.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -130,6 +151,10 @@ def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
         (("eval", "arithmetic", "--dispatch", "prompt", "--weights", "math=1"), "weights belong to the manual"),
         (("eval", "gsm8k", "--data", "no-such-folder"), "there is no file no-such-folder/gsm8k/main/test.jsonl"),
         (("bench", "cooking"), "invalid choice: 'cooking'"),
+        (("answer", "x", "--dispatch", "few-shot:cooking"), "there is no mixture 'cooking'; kept for this model"),
+        (("search", "cooking", "--name", "x"), "there is neither a task nor a file 'cooking'"),
+        (("search", "arithmetic", "--name", "a/b"), "'a/b' is no name for a mixture"),
+        (("search", "svamp", "--name", "x"), "it is there to be tested on, not to be trained on"),
         (("ablate", "arithmetic", "--out", "no-such", "--only", "default,cooking"), "invalid choice: 'cooking'"),
     ],
 )

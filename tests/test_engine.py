@@ -1,15 +1,21 @@
 """The two passes on the real model as the app runs it: dispatch, events, stopping, and prompts that are refused."""
 
 import gc
+import math
+from dataclasses import replace
 
 import pytest
+import torch
 
-from t2app.categories import CLASSIFIER, LABELS, OTHER
-from t2app.dispatch import make_dispatcher
+from t2app.categories import CLASSIFIER, LABELS, OTHER, OTHER_DESCRIPTION
+from t2app.dispatch import PromptDispatch, make_dispatcher
+from t2app.dispatch.wordings import CALIBRATIONS
 from t2app.engine import Engine, PromptError
-from t2app.experts import ExpertError
-from t2app.messages import DISPATCHERS, MANUAL, PROMPT, Dispatched, Finished, Sampling, Token, as_json
+from t2app.evaluation import confusion_table, evaluate_dispatch
+from t2app.experts import Expert, ExpertError
+from t2app.messages import DISPATCHERS, MANUAL, PROMPT, PROMPT_SOFT, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import load_model
+from t2app.tasks.dispatch import labelled_prompts
 
 SHORT = Sampling(max_new_tokens=12)
 SUM = "Compute 12 + 7. Reply with only the number."
@@ -81,7 +87,11 @@ def test_weight_for_an_unknown_expert_is_refused(engine):
 @pytest.mark.parametrize(
     ("name", "weights", "sentence"),
     [
-        ("psychic", None, "there is no dispatch 'psychic'; choose one of classifier, prompt, manual"),
+        (
+            "psychic",
+            None,
+            "there is no dispatch 'psychic'; choose one of classifier, prompt, prompt-soft, manual, few-shot:NAME",
+        ),
         (MANUAL, None, "needs weights, for instance math=0.7"),
         (PROMPT, {"math": 1.0}, "the prompt dispatch decides them itself"),
     ],
@@ -111,17 +121,12 @@ def test_prompt_dispatch_gives_probabilities_over_all_labels_and_the_named_exper
     assert decision.weights["math"] == float(decision.label == "math")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "label"),
-    [
-        (SUM, "math"),
-        ("What is 6 times 7?", "math"),
-        ("Kate is taller than Ben. Who is shorter?", "reasoning"),
-        ("Is a goat a tool, a fruit or an animal?", "reasoning"),
-    ],
-)
-def test_prompt_dispatch_tells_sums_from_puzzles(engine, prompt, label):
-    assert engine.dispatcher(PROMPT).decide(prompt).label == label
+def test_prompt_dispatch_names_most_prompts_rightly(engine):
+    dispatcher, prompts = engine.dispatcher(PROMPT), labelled_prompts("train")
+    some = [row for label in LABELS for row in [row for row in prompts if row[1] == label][:12]]
+    right = sum(dispatcher.decide(prompt).label == label for prompt, label in some)
+    # One label in four is what chance gives.
+    assert right / len(some) > 0.6
 
 
 @pytest.mark.parametrize(
@@ -155,3 +160,67 @@ def test_without_a_classification_expert_the_base_model_is_asked_and_the_event_s
     assert (first.label, first.probabilities) == (asked.label, asked.probabilities)
     assert first.note == "tiny has no classification expert: the base model was asked instead."
     assert as_json(first)["note"] == first.note
+
+
+def test_soft_dispatch_takes_the_probabilities_of_the_hard_one_as_weights(engine):
+    hard, soft = engine.dispatcher(PROMPT).decide(SUM), engine.dispatcher(PROMPT_SOFT).decide(SUM)
+    assert soft.probabilities == pytest.approx(hard.probabilities) and soft.label == hard.label
+    by_label = {expert.name: soft.probabilities[expert.label] for expert in engine.model.experts}
+    assert soft.weights == by_label and 0 < sum(by_label.values()) < 1
+    assert sorted(hard.weights.values()) == [0.0] * (len(by_label) - 1) + [1.0]
+
+
+def test_expert_of_ones_own_takes_part_by_its_label_and_description(tiny):
+    z = {path: torch.ones(rank) for path, rank in tiny.identity.ranks.items()}
+    experts = tuple(
+        Expert(name, label, description, tiny.identity, z)
+        for name, label, description in (("mine", "cooking", "recipes and meals"), ("maths", "math", "sums"))
+    )
+    decision = make_dispatcher(PROMPT, replace(tiny, experts=experts)).decide("How long must an egg boil?")
+    assert set(decision.probabilities) == {"cooking", "math", OTHER}
+    assert set(decision.weights) == {"mine", "maths"}
+
+
+def test_labels_score_as_in_one_text_with_the_question(real):
+    dispatcher = PromptDispatch(real, wordings=["list"], calibration="none")
+    tokenizer = real.tokenizer
+    categories = {expert.label: expert.description for expert in real.experts} | {OTHER: OTHER_DESCRIPTION}
+    lines = "".join(f"- {label}: {description}\n" for label, description in categories.items())
+    before = tokenizer(f"Categories:\n{lines}\nText: ")["input_ids"]
+    asked = before + tokenizer(f"{SUM}\nCategory of the text:", add_special_tokens=False)["input_ids"]
+    scores = []
+    for label in categories:
+        ids = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            logs = real.adapted.model(torch.tensor([asked + ids])).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+        scores.append(logs.gather(1, torch.tensor(ids)[:, None]).sum())
+    expected = dict(zip(categories, torch.stack(scores).softmax(0).tolist(), strict=True))
+    assert dispatcher.decide(SUM).probabilities == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("calibration", [name for name, texts in CALIBRATIONS.items() if texts])
+def test_calibration_makes_its_own_texts_even_over_the_labels(real, calibration):
+    dispatcher = PromptDispatch(real, wordings=["examples"], calibration=calibration)
+    logs = [[math.log(p) for p in dispatcher.decide(text).probabilities.values()] for text in CALIBRATIONS[calibration]]
+    # A mean of log-probabilities is taken off: over the texts the labels' means are alike but for a constant a text.
+    spread = torch.tensor(logs).mean(0)
+    assert (spread - spread.mean()).abs().max() < 1e-3
+
+
+def test_dispatch_accuracy_counts_what_was_named_by_the_right_category(engine):
+    dispatcher = engine.dispatcher(CLASSIFIER)
+    prompts = [(SUM, "math"), ("Write a function that doubles every number of a list.", "code"), (SUM, "code")]
+    measured = evaluate_dispatch("dispatch", prompts, dispatcher)
+    assert (measured.correct, measured.n, measured.mixture) == (2, 3, CLASSIFIER)
+    assert measured.confusion == {"code": {"code": 1, "math": 1}, "math": {"math": 1}}
+    assert "| code | 1 | 1 |" in confusion_table(measured)
+    with pytest.raises(ValueError, match="names no category"):
+        evaluate_dispatch("dispatch", prompts, engine.dispatcher(MANUAL, {}))
+
+
+def test_event_tells_where_the_model_is_changed_and_its_json_does_not(engine):
+    first, *_ = answer(engine, {"math": 0.5})
+    expert = next(expert for expert in engine.model.experts if expert.name == "math")
+    assert first.changes == pytest.approx({path: 0.5 * (z - 1).abs().mean().item() for path, z in expert.z.items()})
+    assert answer(engine, {})[0].changes == {}
+    assert "changes" not in as_json(first)

@@ -8,7 +8,8 @@ import torch
 from t2app.decoding import collected, decode
 from t2app.evaluation import Accuracy, AnswerFile, _p_value, evaluate, greedy_answers, results_table, write_csv
 from t2app.messages import Sampling
-from t2app.tasks import TASKS, Example
+from t2app.tasks import Example
+from t2app.tasks.registry import TASKS
 
 
 class Exact:

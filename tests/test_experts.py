@@ -16,8 +16,10 @@ from t2app.experts import (
     Measurement,
     WeightsIdentity,
     load_expert,
+    mean_changes,
     mix,
     save_expert,
+    share,
 )
 
 WEIGHTS = WeightsIdentity("tiny", "r1", "a1b2c3d4" * 8, {"layers.0.up": 4, "layers.0.down": 3})
@@ -244,3 +246,29 @@ def test_vector_that_does_not_fit_the_model_is_refused(tmp_path, path, vector, m
     save_file({path: vector}, file, METADATA | {"modules": json.dumps([path])})
     with pytest.raises(ExpertError, match=message):
         load_expert(file, WEIGHTS)
+
+
+def test_weight_for_each_block_mixes_each_block_by_its_own():
+    weights = WeightsIdentity("tiny", "r1", "a1", {"layers.0.up": 2, "layers.1.up": 2})
+    expert = Expert("math", "math", "calculating", weights, {path: torch.full((2,), 3.0) for path in weights.ranks})
+    deltas = mix([expert], {"math": [0.5, 0.25]})
+    assert {path: delta.tolist() for path, delta in deltas.items()} == {
+        "layers.0.up": [1.0, 1.0],
+        "layers.1.up": [0.5, 0.5],
+    }
+    assert list(mix([expert], {"math": [0.0, 1.0]})) == ["layers.1.up"]
+    assert share([0.5, 0.25]) == 0.375 and share(1) == 1.0
+    with pytest.raises(ExpertError, match="expert 'math' has 3 weights; one for each of its 2 blocks was expected"):
+        mix([expert], {"math": [1.0, 1.0, 1.0]})
+
+
+def test_fingerprint_of_an_expert_is_of_its_numbers_and_not_of_its_name():
+    assert replace(MATH, name="sums").fingerprint == MATH.fingerprint != CODE.fingerprint
+
+
+def test_changes_of_a_mixture_are_the_mean_distance_of_z_from_one():
+    deltas = mix([MATH], {"math": -0.5})
+    assert mean_changes(deltas) == pytest.approx(
+        {path: 0.5 * (MATH.z[path] - 1).abs().mean().item() for path in WEIGHTS.ranks}
+    )
+    assert mean_changes(None) == {}

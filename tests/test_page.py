@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from t2app.bench.start import served_app
 from t2app.catalogue import DEFAULT_MODEL, expert_files
+from t2app.mixtures import mixture_file
 
 SUM = "Compute 12 + 7. Reply with only the number."
 LONG = "Write a long story about a fox that learns to count."
@@ -151,6 +152,60 @@ def test_prompt_that_cannot_be_answered_gets_a_sentence_and_is_kept(page, prompt
     expect(page.locator("#status")).to_contain_text(sentence)
     wait_until_finished(page)
     assert page.get_by_label("Prompt", exact=True).input_value() == prompt
+
+
+def drawn(page: Page, figure: str) -> list[dict]:
+    """The data of a Plotly figure as it stands in the page."""
+    shown = page.locator(f"#{figure} .js-plotly-plot")
+    shown.wait_for()
+    return json.loads(
+        page.evaluate(
+            f"JSON.stringify(document.querySelector('#{figure} .js-plotly-plot').data, (key, value) =>"
+            " ArrayBuffer.isView(value) ? Array.from(value) : value)"
+        )
+    )
+
+
+def test_first_pass_shows_why_and_where_the_model_is_changed(page):
+    ask(page, SUM)
+    expect(page.locator("#adapted-statistics")).to_contain_text("tokens/s")
+    wait_until_finished(page)
+    [reasons] = drawn(page, "reasons")
+    seen = dict(zip(reasons["y"], reasons["x"], strict=True))
+    assert max(seen, key=seen.get) == "math" and sum(seen.values()) == pytest.approx(1)
+    [heat] = drawn(page, "changes")
+    assert len(heat["y"]) == 7 and heat["x"] == list(range(30))
+
+
+def test_search_is_watched_kept_and_then_decides_the_answers(page):
+    name = "made-by-a-page-test"
+    kept = mixture_file(DEFAULT_MODEL, name)
+    try:
+        page.get_by_role("tab", name="Search a mixture").click()
+        page.locator("#fill").click()
+        expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
+        page.locator("#name textarea, #name input").first.fill(name)
+        page.locator("#search").click()
+        expect(page.locator("#search-status")).to_contain_text("Round 1", timeout=PATIENCE_MS)
+        page.locator("#search-stop").click()
+        expect(page.locator("#search-status")).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
+        assert kept.exists()
+        *alphas, score = drawn(page, "trace")
+        assert [line["name"] for line in alphas] == [file.stem for file in expert_files(DEFAULT_MODEL)]
+        assert len(score["x"]) >= 1
+        page.get_by_role("tab", name="Answer").click()
+        ask(page, SUM)
+        expect(page.locator("#status")).to_contain_text(f"The mixture “{name}”, found on 10 examples")
+        wait_until_finished(page)
+    finally:
+        kept.unlink(missing_ok=True)
+
+
+def test_search_without_examples_gets_a_sentence(page):
+    page.get_by_role("tab", name="Search a mixture").click()
+    page.locator("#search").click()
+    expect(page.locator("#search-status")).to_contain_text("holds no example")
+    expect(page.locator("#search")).to_be_enabled()
 
 
 def test_prompt_that_is_refused_leaves_the_answers_before_it(page):

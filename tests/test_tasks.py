@@ -6,7 +6,10 @@ from collections import Counter
 import pytest
 
 from t2app.categories import LABELS
-from t2app.tasks import SPLITS, TASKS, Example, Union, task_named
+from t2app.tasks import SPLITS, Example
+from t2app.tasks.registry import TASKS, task_named
+from t2app.tasks.shots import Shots, shots_of_file
+from t2app.tasks.union import Union
 
 ARITHMETIC = TASKS["arithmetic"]
 # The tasks that make their own examples.
@@ -233,3 +236,68 @@ def test_dispatch_task_asks_for_the_category_of_prompts_of_all_labels(split):
 )
 def test_dispatch_task_takes_the_first_word_of_an_answer(answer, right):
     assert TASKS["dispatch"].is_right(Example("", "math", "math", LABELS), answer) is right
+
+
+@pytest.mark.parametrize("name", ["chain-sum", "letter-counting", "needle"])
+def test_puzzles_of_a_split_are_always_the_same_and_in_no_other_split(name):
+    task = TASKS[name]
+    prompts = {split: [example.prompt for example in task.examples(split)] for split in SPLITS}
+    assert all(len(set(found)) == len(found) >= 50 for found in prompts.values())
+    assert len(prompts["test"]) >= 400
+    assert len(set().union(*prompts.values())) == sum(map(len, prompts.values()))
+    for example in task.examples("test"):
+        assert task.is_right(example, f"It is {example.answer}.") and not task.is_right(example, "No idea")
+
+
+def test_puzzle_that_asks_for_a_name_takes_that_name_alone():
+    task = TASKS["needle"]
+    example = next(example for example in task.examples("test") if len(example.options) > 1)
+    wrong = next(name for name in example.options if name != example.answer.lower())
+    assert not task.is_right(example, f"{example.answer} or {wrong}")
+    assert not task.is_right(example, wrong)
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "right"),
+    [
+        ("12", "It is 12.", True),
+        ("12", "12 + 1 = 13", False),
+        ("3 + 9 = 12", "12", True),
+        ("Paris", "That is paris, I think.", True),
+        ("New York", "new  york!", True),
+        ("New York", "York, new", False),
+        ("cat", "concatenate", False),
+        ("B12 vitamin", "vitamin", False),
+    ],
+)
+def test_answer_to_ones_own_example_counts_by_its_last_number_or_its_words(expected, answer, right):
+    task = Shots("own", [("?", expected)])
+    assert task.is_right(task.examples("train")[0], answer) is right
+
+
+def test_own_examples_are_read_from_a_file_of_one_object_a_line(tmp_path):
+    file = tmp_path / "capitals.jsonl"
+    file.write_text('{"prompt": "France?", "answer": "Paris"}\n\n{"prompt": "1 + 1?", "answer": 2}\n')
+    task = shots_of_file(file)
+    assert task.name == "capitals"
+    assert [(example.prompt, example.answer) for example in task.examples("train")] == [
+        ("France?", "Paris"),
+        ("1 + 1?", "2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "capitals holds no example"),
+        ('{"prompt": "a", "answer": "b"}\nnonsense', "line 2 of .* is no example"),
+        ('{"prompt": "a"}', "line 1 of .* is no example"),
+        ("[1]", "line 1 of .* is no example"),
+        ('{"prompt": "a", "answer": " "}', "example 1 of capitals lacks its answer"),
+    ],
+)
+def test_file_that_holds_no_examples_is_refused(tmp_path, text, sentence):
+    file = tmp_path / "capitals.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        shots_of_file(file)

@@ -10,12 +10,13 @@ from itertools import islice
 import pytest
 import torch
 
+from t2app.decoding import _PART_RATIO, _PART_TOKENS, parts_by_length
 from t2app.experts import load_expert
 from t2app.models import load_model
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths, linear_layer
 from t2app.tasks import Example
 from t2app.training import Trainer, TrainingSettings
-from t2app.training.trainer import _PART_RATIO, _PART_TOKENS, _advantages, _parts
+from t2app.training.trainer import _advantages
 
 
 class EvenLength:
@@ -353,22 +354,22 @@ def test_one_sample_a_prompt_is_enough_for_the_plain_advantage():
 
 def test_parts_of_an_update_hold_every_row_once_and_waste_and_hold_little():
     lengths = [40, 30, 41, 3000, 5000, 60, 31, 2000, 2000, 2000]
-    parts = list(_parts(range(len(lengths)), lengths))
+    parts = list(parts_by_length(range(len(lengths)), lengths))
     assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
     for part in parts:
         longest, shortest = max(lengths[row] for row in part), min(lengths[row] for row in part)
         assert longest <= _PART_RATIO * shortest
         assert len(part) == 1 or len(part) * longest <= _PART_TOKENS
     assert len(parts) == 6
-    assert list(_parts([], lengths)) == []
+    assert list(parts_by_length([], lengths)) == []
 
 
 def test_update_does_not_depend_on_how_it_is_cut_into_parts(tiny, tmp_path, monkeypatch):
     settings = replace(SETTINGS, warm_start_steps=1, steps=1, prompts=8, advantage="plain")
     runs = []
     for tokens in (1, 100_000):
-        monkeypatch.setattr("t2app.training.trainer._PART_TOKENS", tokens)
-        monkeypatch.setattr("t2app.training.trainer._PART_RATIO", tokens)
+        monkeypatch.setattr("t2app.decoding._PART_TOKENS", tokens)
+        monkeypatch.setattr("t2app.decoding._PART_RATIO", tokens)
         trainer = Trainer(tiny, EvenLength(), settings, tmp_path / str(tokens), "even")
         list(trainer.run())
         runs.append(values(trainer))

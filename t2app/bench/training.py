@@ -26,7 +26,7 @@ from t2app.decoding import Prefix, answer_log_probabilities, collected, decode
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, linear_layer
-from t2app.tasks import task_named
+from t2app.tasks.registry import task_named
 
 _PROMPTS, _SAMPLES, _ANSWER_TOKENS = 8, 8, 16
 _STEPS = 3

@@ -4,10 +4,10 @@ A way to decide is a `Dispatcher`; there is one file for each. None of them know
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from t2app.experts import Expert
+from t2app.experts import Alpha, Expert
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,13 @@ class Decision:
 
     Attributes:
         label: the category it saw, None where it looked for none.
-        weights: α of every expert of the model, by name.
+        weights: α of every expert of the model, by name, or an α for each block.
         probabilities: by label, where there are any; they add up to 1.
-        note: a sentence for the user where something else was done than was asked for.
+        note: a sentence for the user on how it was decided, where the rest does not tell.
     """
 
     label: str | None
-    weights: Mapping[str, float]
+    weights: Mapping[str, Alpha]
     probabilities: Mapping[str, float] | None = None
     note: str | None = None
 
@@ -31,6 +31,11 @@ def decision_for(label: str, probabilities: Mapping[str, float], experts: Sequen
     """The whole weight for the expert of `label`, or none where no expert stands for it."""
     named = next((expert.name for expert in experts if expert.label == label), None)
     return Decision(label, {expert.name: float(expert.name == named) for expert in experts}, probabilities)
+
+
+def softened(decision: Decision, experts: Sequence[Expert]) -> Decision:
+    """The same with the probability of each expert's category as its weight."""
+    return replace(decision, weights={expert.name: decision.probabilities[expert.label] for expert in experts})
 
 
 class Dispatcher(Protocol):

@@ -1,55 +1,75 @@
 """Prompt-based dispatch (paper, section 3.2): the base model is asked to name the prompt's category.
 
 The categories are the labels and one-line descriptions of the model's experts, and `other`, which is the base model.
-Whole labels are scored, not their first tokens, and what the model would say anyway is taken off: its scores for texts
-without content (contextual calibration, Zhao et al. 2021), asked once a model. The question is put as a text to go on
-with and not as a chat.
+The question is put as a text to go on with and not as a chat; what stands in it before the prompt is computed once a
+model. Whole labels are scored, not their first tokens, and what the model would say anyway is taken off.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
 from t2app.categories import OTHER, OTHER_DESCRIPTION
-from t2app.decoding import answer_log_probabilities
-from t2app.dispatch.dispatcher import Decision, decision_for
-from t2app.messages import PROMPT
+from t2app.decoding import answer_log_probabilities, compute_prefix
+from t2app.dispatch.dispatcher import Decision, decision_for, softened
+from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS, Wording
+from t2app.messages import PROMPT, PROMPT_SOFT
 from t2app.models import Model
-
-_CONTENT_FREE = ("", "N/A", "...", "[text]")
 
 
 class PromptDispatch:
-    """Gives the whole weight to the expert whose category is the most probable, or none for `other`."""
+    """Gives the whole weight to the expert whose category is the most probable, or none for `other`.
 
-    name = PROMPT
+    Args:
+        soft: give each expert the probability of its category instead.
+        wordings: names in `WORDINGS`; the mean of their log-probabilities counts.
+        calibration: a name in `CALIBRATIONS`.
+    """
 
-    def __init__(self, model: Model):
-        self._model = model
-        self._categories = {expert.label: expert.description for expert in model.experts}
-        self._categories[OTHER] = OTHER_DESCRIPTION
+    def __init__(
+        self,
+        model: Model,
+        soft: bool = False,
+        wordings: Sequence[str] = ASKED,
+        calibration: str = DEFAULT_CALIBRATION,
+    ):
+        self.name = PROMPT_SOFT if soft else PROMPT
+        self._experts, self._soft = model.experts, soft
+        categories = {expert.label: expert.description for expert in model.experts} | {OTHER: OTHER_DESCRIPTION}
+        self._labels = list(categories)
+        self._questions = [
+            _Question(model, WORDINGS[wording], categories, CALIBRATIONS[calibration]) for wording in wordings
+        ]
 
     def decide(self, prompt: str) -> Decision:
-        probabilities = (self._scores([prompt])[0] - self._prior).softmax(0)
-        by_label = dict(zip(self._categories, probabilities.tolist(), strict=True))
-        return decision_for(max(by_label, key=by_label.__getitem__), by_label, self._model.experts)
+        scores = torch.stack([question.scores(prompt) for question in self._questions]).mean(0)
+        probabilities = dict(zip(self._labels, scores.softmax(0).tolist(), strict=True))
+        decision = decision_for(max(probabilities, key=probabilities.__getitem__), probabilities, self._experts)
+        return softened(decision, self._experts) if self._soft else decision
 
-    @cached_property
-    def _prior(self) -> torch.Tensor:
-        """Log-probability of each label for a request without content, (labels,)."""
-        return self._scores(_CONTENT_FREE).log_softmax(1).mean(0)
+
+class _Question:
+    """One wording, put to one model: its beginning is computed here, and what the model answers to most texts."""
 
     @torch.inference_mode()
-    def _scores(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Log-probability of every label as the base model goes on, (prompts, labels)."""
-        tokenizer = self._model.tokenizer
-        labels = [tokenizer(f" {label}", add_special_tokens=False)["input_ids"] for label in self._categories]
-        questions = [tokenizer(self._question(prompt))["input_ids"] for prompt in prompts]
-        n = len(questions)
-        logs, mask = answer_log_probabilities(self._model.adapted, questions, [labels] * n, [None] * n)
-        return (logs * mask).sum(1).view(n, len(labels)).float()
+    def __init__(self, model: Model, wording: Wording, categories: dict[str, str], calibration: Sequence[str]):
+        self._model, self._wording = model, wording
+        self._labels = [self._ids(f" {label}") for label in categories]
+        beginning = model.tokenizer(wording.beginning(categories))["input_ids"]
+        self._prefix = compute_prefix(model.adapted, beginning, [None])
+        self._prior = torch.stack([self._log_probabilities(text) for text in calibration]).mean(0) if calibration else 0
 
-    def _question(self, prompt: str) -> str:
-        categories = "".join(f"- {label}: {description}\n" for label, description in self._categories.items())
-        return f"Categories:\n{categories}\nText: {prompt}\nCategory of the text:"
+    @torch.inference_mode()
+    def scores(self, prompt: str) -> torch.Tensor:
+        """Log-probability of every label, less what the model gives it anyway, (labels,)."""
+        return self._log_probabilities(prompt) - self._prior
+
+    def _log_probabilities(self, prompt: str) -> torch.Tensor:
+        question = self._ids(f"{prompt}{self._wording.after}")
+        logs, mask = answer_log_probabilities(
+            self._model.adapted, [question], [self._labels], [None], prefix=self._prefix
+        )
+        return (logs * mask).sum(1).float().log_softmax(0).cpu()
+
+    def _ids(self, text: str) -> list[int]:
+        return self._model.tokenizer(text, add_special_tokens=False)["input_ids"]

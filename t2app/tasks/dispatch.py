@@ -25,6 +25,22 @@ _OF_EACH_PROCEDURAL = {"train": 40, "validation": 10}
 _OF_EACH_LABEL_IN_TEST = 125
 
 
+def labelled_prompts(split: str) -> list[tuple[str, str]]:
+    """Prompts as users type them, and the category of each.
+
+    Raises:
+        ValueError: there is no such split.
+        DataError: a benchmark's data cannot be had, for the test.
+    """
+    check_split(split)
+    labelled = list(_test_prompts() if split == "test" else _written(split))
+    if split != "test":
+        count = _OF_EACH_PROCEDURAL[split]
+        labelled += [(e.prompt, task.label) for task in _PROCEDURAL for e in sample(task.examples(split), count)]
+    random.Random(0).shuffle(labelled)
+    return labelled
+
+
 class Dispatch:
     """The first word of the answer counts."""
 
@@ -35,13 +51,7 @@ class Dispatch:
 
     def examples(self, split: str) -> Sequence[Example]:
         """See `Task.examples`; raises ValueError where there is no such split, DataError where there is no data."""
-        check_split(split)
-        labelled = list(_test_prompts() if split == "test" else _written(split))
-        if split != "test":
-            count = _OF_EACH_PROCEDURAL[split]
-            labelled += [(e.prompt, task.label) for task in _PROCEDURAL for e in sample(task.examples(split), count)]
-        random.Random(0).shuffle(labelled)
-        return [Example(question(prompt), label, label, LABELS) for prompt, label in labelled]
+        return [Example(question(prompt), label, label, LABELS) for prompt, label in labelled_prompts(split)]
 
     def is_right(self, example: Example, answer: str) -> bool:
         words = answer.split(maxsplit=1)

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from t2app.decoding import answer_log_probabilities, collected, decode
+from t2app.decoding import answer_log_probabilities, collected, decode, parts_by_length
 from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import Expert, Measurement, load_expert, mix, save_expert
 from t2app.messages import Sampling
@@ -35,11 +35,6 @@ from t2app.models import Model
 from t2app.tasks import Example, Task
 from t2app.training.log import TrainingLog
 from t2app.training.settings import TrainingSettings
-
-# An update is computed in parts. The tokens of one bound its memory, since logits are tokens × vocabulary; the ratio of
-# its longest row to its shortest bounds the work that is lost to padding.
-_PART_TOKENS = 4096
-_PART_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -161,7 +156,7 @@ class Trainer:
         loss = 0.0
         self.optimizer.zero_grad()
         lengths = [len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True)]
-        for part in _parts(mine, lengths):
+        for part in parts_by_length(mine, lengths):
             mixtures = [self.parameters] * len(part)
             logs, mask = answer_log_probabilities(
                 self.model.adapted, [prompts[i] for i in part], [[solutions[i]] for i in part], mixtures
@@ -201,7 +196,7 @@ class Trainer:
         learning = [i for i in range(len(prompts)) if settings.kl_weight or advantages[i].any()]
         self.optimizer.zero_grad()
         lengths = [len(prompt) + sum(map(len, group)) for prompt, group in zip(prompts, groups, strict=True)]
-        for part in _parts(learning, lengths):
+        for part in parts_by_length(learning, lengths):
             loss = self._loss([prompts[i] for i in part], [groups[i] for i in part], advantages[part])
             (loss / answered).backward()
         right_answers, tokens, learned = self._totals(right.sum().item(), sum(map(len, rows)), len(learning))
@@ -345,19 +340,6 @@ def processes() -> PartialState:
     """The processes that make this training together, and which of them this is; mostly there is one."""
     # Without a GPU it has to be told, or it sees no others.
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def _parts(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The rows by rising length, cut into parts by _PART_TOKENS and _PART_RATIO."""
-    part: list[int] = []
-    for row in sorted(rows, key=lengths.__getitem__):
-        length = lengths[row]
-        if part and ((len(part) + 1) * length > _PART_TOKENS or length > _PART_RATIO * lengths[part[0]]):
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
 
 
 def _decayed(learning_rate: float, steps_left: int, decay_steps: int) -> float:

@@ -1,0 +1,38 @@
+"""Dispatch by a mixture that a search found (paper, section 3.2): the search was paid once, every prompt is free."""
+
+from t2app.dispatch.dispatcher import Decision
+from t2app.messages import few_shot
+from t2app.mixtures import KeptMixture, MixtureError
+from t2app.models import Model
+
+
+class FewShotDispatch:
+    """Always decides on the kept mixture, whatever the prompt.
+
+    Raises:
+        MixtureError: it was found on other weights or with other experts than the model's.
+    """
+
+    def __init__(self, model: Model, mixture: KeptMixture):
+        if mixture.fingerprint != model.identity.fingerprint:
+            raise MixtureError(
+                f"mixture '{mixture.name}' was found on other weights ({mixture.model}, {mixture.fingerprint[:8]}…) "
+                f"than this model's ({model.name}, {model.identity.fingerprint[:8]}…); search anew"
+            )
+        present = {expert.name: expert.fingerprint for expert in model.experts}
+        for name, fingerprint in mixture.experts.items():
+            if present.get(name) != fingerprint:
+                found = "is not there" if name not in present else f"is another one now ({present[name][:8]}…)"
+                raise MixtureError(
+                    f"mixture '{mixture.name}' was found with the expert '{name}' ({fingerprint[:8]}…), which {found}; "
+                    "bring that expert back or search anew"
+                )
+        self.name = few_shot(mixture.name)
+        self.mixture = mixture
+        self._weights = dict.fromkeys(present, 0.0) | dict(mixture.weights)
+
+    def decide(self, prompt: str) -> Decision:
+        found = self.mixture
+        of_task = "" if found.task == found.name else f" of {found.task}"
+        note = f"The mixture “{found.name}”, found on {found.shots} examples{of_task}."
+        return Decision(label=None, weights=self._weights, note=note)

@@ -1,0 +1,71 @@
+"""How good mixtures are on solved examples: by answers decoded and checked, or by the likelihood of the right ones.
+
+Candidates are rows: all mixtures are tried on all examples in as few batches as memory allows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from t2app.decoding import answer_log_probabilities, parts_by_length
+from t2app.evaluation import greedy_answers
+from t2app.messages import EXACT
+from t2app.models import Model
+from t2app.spectral import Deltas
+from t2app.tasks import Example, Task
+
+
+class Score(NamedTuple):
+    """Greater is better: first the examples answered rightly, where they were answered, then the likelihood.
+
+    Attributes:
+        right: examples answered rightly, 0 where the score does not look at that.
+        log_likelihood: of the right answers, in nats a token: the mean of the examples' means.
+    """
+
+    right: int
+    log_likelihood: float
+
+
+Scorer = Callable[[Sequence[Deltas | None]], list[Score]]
+
+
+def scorer(name: str, model: Model, task: Task, shots: Sequence[Example]) -> Scorer:
+    """The score called `name`, one of `messages.SCORES`, of mixtures on `shots`."""
+    exact = name == EXACT
+
+    def score(mixtures: Sequence[Deltas | None]) -> list[Score]:
+        right = _right_answers(model, task, shots, mixtures) if exact else [0] * len(mixtures)
+        likelihoods = log_likelihoods(model, shots, mixtures)
+        return [Score(*both) for both in zip(right, likelihoods, strict=True)]
+
+    return score
+
+
+def _right_answers(model: Model, task: Task, shots: Sequence[Example], mixtures: Sequence[Deltas | None]) -> list[int]:
+    rows = [mixture for mixture in mixtures for _ in shots]
+    answers = greedy_answers(model, task, [*shots] * len(mixtures), rows)
+    right = [task.is_right(shots[i % len(shots)], answer) for i, answer in enumerate(answers)]
+    return [sum(right[i : i + len(shots)]) for i in range(0, len(right), len(shots))]
+
+
+@torch.inference_mode()
+def log_likelihoods(model: Model, shots: Sequence[Example], mixtures: Sequence[Deltas | None]) -> list[float]:
+    """Mean log-likelihood a token of the shots' solutions under each mixture; one forward pass, nothing is decoded."""
+    tokenizer, end = model.tokenizer, model.eos_ids[0]
+    prompts = [model.prompt_ids(shot.prompt) for shot in shots]
+    solutions = [[*tokenizer(shot.solution, add_special_tokens=False)["input_ids"], end] for shot in shots]
+    lengths = [len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True)]
+    rows = [(mixture, shot) for mixture in range(len(mixtures)) for shot in range(len(shots))]
+    means = torch.zeros(len(mixtures), len(shots))
+    for part in parts_by_length(range(len(rows)), [lengths[shot] for _, shot in rows]):
+        logs, mask = answer_log_probabilities(
+            model.adapted,
+            [prompts[rows[i][1]] for i in part],
+            [[solutions[rows[i][1]]] for i in part],
+            [mixtures[rows[i][0]] for i in part],
+        )
+        for i, mean in zip(part, ((logs * mask).sum(1) / mask.sum(1)).tolist(), strict=True):
+            means[rows[i]] = mean
+    return means.mean(1).tolist()

@@ -1,0 +1,7 @@
+"""The page: Gradio Blocks over the engine's events, a file a tab. It knows events and figures, never tensors, and
+imports nothing that loads torch: the page is there first, the model comes behind it.
+"""
+
+from t2app.ui.page import CSS, THEME, TITLE, build_page
+
+__all__ = ["CSS", "THEME", "TITLE", "build_page"]

@@ -1,0 +1,225 @@
+"""The tab that answers a prompt: layout first, top to bottom as a person sees it, then the wiring.
+
+Which dispatch decides is the choice in the settings, and nowhere else: moving a slider chooses `manual`, the button
+under the sliders gives the choice back.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import gradio as gr
+
+from t2app.catalogue import expert_files, title_of
+from t2app.categories import CLASSIFIER
+from t2app.figures import change_map, mixture_bars, probability_bars, search_trace
+from t2app.loading import EngineLoader
+from t2app.messages import (
+    DEFAULT_DISPATCH,
+    DISPATCHERS,
+    MANUAL,
+    PROMPT,
+    PROMPT_SOFT,
+    Dispatched,
+    Finished,
+    Sampling,
+    Token,
+    few_shot,
+    mixture_name,
+)
+from t2app.mixtures import kept_mixtures, mixture_file, read_mixture
+
+EXAMPLES = (
+    "What is 19 minus 13? Answer with just the number.",
+    "Kate is taller than Ben. Ben is taller than Iris. Who is the shortest? Reply with only the name.",
+    "Find the odd one out among apple, hammer, pear, plum. Give only the word.",
+    "Write a Python function `f(numbers)` that takes a list of whole numbers and returns the list of the even elements "
+    "of `numbers`.",
+    "Write a short poem about the sea.",
+)
+MAX_PROMPT_CHARACTERS = 20_000
+_DISPATCH_TITLES = {
+    CLASSIFIER: "Classifier: an expert trained for it names the category",
+    PROMPT: "Prompt: the base model names the category",
+    PROMPT_SOFT: "Prompt, soft: the base model's probabilities are the weights",
+    MANUAL: "By hand: the sliders decide",
+}
+
+
+@dataclass(frozen=True)
+class AnswerTab:
+    """What the rest of the page needs of this tab."""
+
+    status: gr.Markdown
+    facts: gr.Markdown
+    dispatch: gr.Radio
+
+
+def build_answer_tab(loader: EngineLoader) -> AnswerTab:
+    """Lay the tab out and wire it, within the Blocks that are open."""
+    experts = [file.stem for file in expert_files(loader.model_name)]
+    prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, placeholder="Ask something…", autofocus=True)
+    gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
+    with gr.Row():
+        answer = gr.Button("Answer", variant="primary", min_width=120, elem_id="answer")
+        stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120, elem_id="stop")
+    status = gr.Markdown("Starting…", elem_id="status")
+    with gr.Row(equal_height=True):
+        with gr.Column(min_width=300):
+            bars = gr.Plot(mixture_bars(dict.fromkeys(experts, 0.0)), label="Mixing weights", elem_id="bars")
+        with gr.Column(min_width=300):
+            # One of the two is shown: what this dispatch decided by.
+            reasons = gr.Plot(probability_bars({}), label="Why: what the first pass saw", elem_id="reasons")
+    with gr.Row(equal_height=True):
+        with gr.Column(min_width=300):
+            gr.Markdown("### Adapted")
+            adapted = gr.Markdown(elem_id="adapted", buttons=["copy"], line_breaks=True)
+            adapted_statistics = gr.Markdown(elem_id="adapted-statistics")
+        with gr.Column(min_width=300):
+            gr.Markdown("### Base model")
+            base = gr.Markdown(elem_id="base", buttons=["copy"], line_breaks=True)
+            base_statistics = gr.Markdown(elem_id="base-statistics")
+    with gr.Group():
+        sliders = [
+            gr.Slider(0, 1, value=0, step=0.01, label=f"Weight of the expert “{name}”", elem_id=f"weight-{name}")
+            for name in experts
+        ]
+        give_back = gr.Button("Let the dispatch decide the weights", size="sm", elem_id="give-back")
+    # Not in an accordion: a plot that is updated in one that is closed stays empty (Gradio 6.31).
+    changes = gr.Plot(change_map({}), label="Where the model changed", elem_id="changes")
+    with gr.Accordion("Settings", open=False):
+        dispatch = gr.Radio(
+            dispatch_choices(loader.model_name),
+            value=DEFAULT_DISPATCH,
+            label="Dispatch",
+            info="Who decides the weights",
+            elem_id="dispatch",
+        )
+        max_new_tokens = gr.Slider(1, 1024, value=128, step=1, label="Max new tokens")
+        temperature = gr.Slider(
+            0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest token"
+        )
+        top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the draws where the temperature is not 0")
+        facts = gr.Markdown("The model is loading.", elem_id="facts")
+
+    shown = [status, bars, reasons, changes, adapted, adapted_statistics, base, base_statistics, *sliders]
+    run = gr.on(
+        [answer.click, prompt.submit],
+        partial(_answer, loader),
+        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders],
+        outputs=[answer, stop, *shown],
+        api_name="answer",
+        show_progress="hidden",
+        trigger_mode="once",
+        concurrency_limit=1,
+    )
+    stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
+    for slider in sliders:
+        slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
+    give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
+    return AnswerTab(status, facts, dispatch)
+
+
+def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
+    """The ways to decide, with what they are called on the page; the kept mixtures are among them."""
+    kept = kept_mixtures(title_of(model_name))
+    found = [(f"Found by a search: {name}", few_shot(name)) for name in kept]
+    return [(_DISPATCH_TITLES[name], name) for name in DISPATCHERS] + found
+
+
+def _answer(
+    loader: EngineLoader,
+    prompt: str,
+    dispatch: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    *weights: float,
+) -> Iterator[list]:
+    """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
+    page = _AnswerView(len(weights))
+    try:
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"The prompt is {len(prompt):,} characters long; this page takes at most {MAX_PROMPT_CHARACTERS:,}."
+            )
+        yield page.running("Reading the prompt…")
+        engine = loader.engine()
+        names = [expert.name for expert in engine.model.experts]
+        by_hand = dict(zip(names, weights, strict=True)) if dispatch == MANUAL else None
+        dispatcher = engine.dispatcher(dispatch, by_hand)
+        sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
+        for event in engine.answer(prompt, dispatcher, sampling):
+            if isinstance(event, Dispatched):
+                yield page.dispatched(event, _reasons(event, dispatch, engine.model.name))
+            else:
+                yield page.event(event)
+    except Exception as error:  # whatever it was, the person who asked must see it
+        if not isinstance(error, ValueError):
+            logging.getLogger(__name__).exception("an answer failed")
+        yield page.failed(str(error) or type(error).__name__)
+
+
+class _AnswerView:
+    """What the page shows of an answer so far; each method returns the updates of one moment, in the outputs' order."""
+
+    def __init__(self, sliders: int):
+        self._sliders = sliders
+        self._texts = {"adapted": "", "base": ""}
+
+    def running(self, status: str) -> list:
+        return self._update(running=True, status=status)
+
+    def failed(self, sentence: str) -> list:
+        return self._update(running=False, status=f"⚠️ {sentence}")
+
+    def dispatched(self, event: Dispatched, reasons: object) -> list:
+        # Only here do the answers before give way: a prompt that is refused leaves them.
+        cleared = dict.fromkeys(("adapted", "base", "adapted_statistics", "base_statistics"), "")
+        return self._update(
+            status=_describe(event),
+            bars=mixture_bars(event.weights),
+            reasons=reasons,
+            changes=change_map(event.changes),
+            sliders=list(event.weights.values()),
+            **cleared,
+        )
+
+    def event(self, event: Token | Finished) -> list:
+        if isinstance(event, Token):
+            self._texts[event.stream] += event.text
+            tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
+            statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
+            return self._update(**{event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics})
+        return self._update(running=False, adapted=event.adapted, base=event.base)
+
+    def _update(self, running: bool | None = None, sliders: list[float] | None = None, **values) -> list:
+        buttons = [gr.skip(), gr.skip()] if running is None else _buttons(running)
+        named = ("status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base", "base_statistics")
+        return [*buttons, *(values.get(name, gr.skip()) for name in named), *(sliders or [gr.skip()] * self._sliders)]
+
+
+def _reasons(event: Dispatched, dispatch: str, model_name: str) -> object:
+    """The figure of what was decided by: probabilities of the categories, or the trace of a search."""
+    if name := mixture_name(dispatch):
+        return search_trace(read_mixture(mixture_file(model_name, name)).trace)
+    return probability_bars(event.probabilities or {})
+
+
+def _describe(event: Dispatched) -> str:
+    if event.label is None:
+        return event.note or "Weights set by hand."
+    confidence = f" · {event.probabilities[event.label]:.0%} sure" if event.probabilities else ""
+    note = f" · {event.note}" if event.note else ""
+    return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s{note}"
+
+
+def _buttons(running: bool) -> list:
+    return [gr.update(interactive=not running), gr.update(interactive=running)]
+
+
+def _stopped() -> list:
+    return [*_buttons(running=False), "Stopped."]

@@ -1,0 +1,170 @@
+"""The tab that searches a mixture for a new task: solved examples in, rounds to watch, a kept mixture out."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from t2app.figures import search_trace
+from t2app.loading import EngineLoader
+from t2app.messages import LIKELIHOOD, SCORES, Searched, SearchSettings, few_shot
+from t2app.mixtures import check_name, mixture_file, write_mixture
+from t2app.tasks.arithmetic import Arithmetic
+from t2app.tasks.puzzles import PUZZLES
+from t2app.tasks.reasoning import ReasoningBasics
+from t2app.tasks.shots import Shots
+from t2app.ui.answer import dispatch_choices
+
+if TYPE_CHECKING:
+    from t2app.engine import Engine
+
+# Those that make their own examples and whose answers are checked without running them.
+_TASKS = {task.name: task for task in (*PUZZLES, Arithmetic(), ReasoningBasics())}
+_SHOTS = 10
+_MOST_SHOTS = 50
+_SCORE_TITLES = {
+    "exact": "Exact: answers are decoded and checked, as in the paper",
+    LIKELIHOOD: "Likelihood of the expected answers: quicker, nothing is decoded",
+}
+
+
+def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
+    """Lay the tab out and wire it, within the Blocks that are open; what is found becomes a choice of `dispatch`."""
+    gr.Markdown(
+        "A few solved examples of a new task are enough to find the mixture of experts that does it best. Mixtures are "
+        "tried on all of them, the best ones say where to try next. The search is paid once: what it finds is kept by "
+        "name, and every later prompt can use it at no cost."
+    )
+    with gr.Row():
+        task = gr.Dropdown(list(_TASKS), value=next(iter(_TASKS)), label="Examples of a task", min_width=160)
+        fill = gr.Button("Fill in", min_width=100, elem_id="fill")
+    shots = gr.Dataframe(
+        headers=["prompt", "answer"],
+        value=[["", ""]],
+        type="array",
+        column_count=2,
+        column_limits=(2, 2),
+        column_widths=["75%", "25%"],
+        wrap=True,
+        interactive=True,
+        label="Solved examples: a prompt and the answer that is expected",
+        elem_id="shots",
+    )
+    with gr.Row():
+        name = gr.Textbox("mine", label="Keep the mixture as", min_width=160, elem_id="name")
+        rounds = gr.Slider(1, SearchSettings.rounds, value=8, step=1, label="Rounds at most")
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed", min_width=100)
+    score = gr.Radio([(_SCORE_TITLES[score], score) for score in SCORES], value=SearchSettings.score, label="Score")
+    per_layer = gr.Checkbox(False, label="A weight for each expert and block, not for each expert")
+    with gr.Row():
+        search = gr.Button("Search", variant="primary", min_width=120, elem_id="search")
+        stop = gr.Button(
+            "Stop after this round", variant="stop", interactive=False, min_width=120, elem_id="search-stop"
+        )
+    status = gr.Markdown("", elem_id="search-status")
+    trace = gr.Plot(search_trace(()), label="The search", elem_id="trace")
+
+    # The sessions whose search shall end after its round. Handlers that ask who calls cannot be `partial`s.
+    stopping: set[str] = set()
+
+    def run(rows, name, rounds, seed, score, per_layer, request: gr.Request) -> Iterator[list]:
+        yield from _search(loader, stopping, request.session_hash, rows, name, rounds, seed, score, per_layer)
+
+    def stop_after_this_round(request: gr.Request) -> tuple[dict, str]:
+        stopping.add(request.session_hash)
+        return gr.update(interactive=False), "Stopping after this round…"
+
+    fill.click(_examples, inputs=task, outputs=[shots, status], api_visibility="private")
+    gr.on(
+        [search.click, name.submit],
+        run,
+        inputs=[shots, name, rounds, seed, score, per_layer],
+        outputs=[search, stop, status, trace, dispatch],
+        api_name="search",
+        show_progress="hidden",
+        trigger_mode="once",
+        concurrency_limit=1,
+    )
+    stop.click(stop_after_this_round, outputs=[stop, status], queue=False, api_visibility="private")
+
+
+def _examples(task: str) -> tuple[list[list[str]], str]:
+    """Solved examples of a task to train on."""
+    # Imported here: it brings torch along.
+    from t2app.search import pick_shots
+
+    shots = pick_shots(_TASKS[task], _SHOTS, seed=0)
+    return [
+        [shot.prompt, shot.solution] for shot in shots
+    ], f"{len(shots)} examples of {task}. Change them as you like."
+
+
+def _search(
+    loader: EngineLoader,
+    stopping: set[str],
+    session: str,
+    rows: Sequence[Sequence[str]],
+    name: str,
+    rounds: int,
+    seed: int,
+    score: str,
+    per_layer: bool,
+) -> Iterator[list]:
+    """Update the tab with every round; whatever goes wrong ends as a sentence in the status line."""
+    try:
+        check_name(name)
+        settings = SearchSettings(rounds=int(rounds), per_layer=per_layer, score=score, seed=int(seed or 0))
+        pairs = [(str(prompt or ""), str(answer or "")) for prompt, answer in rows]
+        pairs = [pair for pair in pairs if any(text.strip() for text in pair)]
+        if len(pairs) > _MOST_SHOTS:
+            raise ValueError(f"There are {len(pairs)} examples; this page takes at most {_MOST_SHOTS}.")
+        yield _update(running=True, status="Trying the first mixtures…")
+        yield from _rounds(loader.engine(), stopping, pairs, name, settings, session)
+    except Exception as error:  # whatever it was, the person who asked must see it
+        if not isinstance(error, ValueError):
+            logging.getLogger(__name__).exception("a search failed")
+        yield _update(running=False, status=f"⚠️ {error or type(error).__name__}")
+    finally:
+        stopping.discard(session)
+
+
+def _rounds(
+    engine: "Engine",
+    stopping: set[str],
+    pairs: Sequence[tuple[str, str]],
+    name: str,
+    settings: SearchSettings,
+    session: str,
+) -> Iterator[list]:
+    """The rounds as they end; then what was found is kept and chosen."""
+    from t2app.search import MixtureSearch
+
+    task = Shots(name, pairs)
+    search = MixtureSearch(engine.model, task, task.examples("train"), settings)
+    seen: list[Searched] = []
+    for event in engine.search(search):
+        seen.append(event)
+        yield _update(status=_describe(event, len(pairs)), trace=search_trace(seen))
+        if session in stopping:
+            break
+    write_mixture(search.found(name), mixture_file(engine.model.name, name))
+    chosen = gr.update(choices=dispatch_choices(engine.model.name), value=few_shot(name))
+    kept = f"{_describe(seen[-1], len(pairs))}\n\nKept as **{name}**: the next answers are mixed by it."
+    yield _update(running=False, status=kept, dispatch=chosen)
+
+
+def _describe(event: Searched, shots: int) -> str:
+    best = ", ".join(f"{name} {alpha:.2f}" for name, alpha in event.best.items())
+    right = "" if event.right is None else f"{event.right} of {shots} right · "
+    return (
+        f"Round {event.round} · best mixture: **{best}** · {right}{event.log_likelihood:.2f} nats a token · "
+        f"{event.evaluations} mixtures tried · {event.seconds:.0f} s"
+    )
+
+
+def _update(running: bool | None = None, **values) -> list:
+    buttons = [gr.skip(), gr.skip()]
+    if running is not None:
+        buttons = [gr.update(interactive=not running), gr.update(interactive=running)]
+    return [*buttons, *(values.get(name, gr.skip()) for name in ("status", "trace", "dispatch"))]
