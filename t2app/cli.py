@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS, title_of
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
 from t2app.dispatch import Dispatcher, make_dispatcher
 from t2app.engine import Engine
 from t2app.evaluation import (
@@ -233,9 +233,8 @@ def _measure_dispatch(
 
 def search(options: argparse.Namespace) -> None:
     """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far."""
-    file = mixture_file(title_of(options.model), options.name)
-    given = Path(options.task)
-    task = task_named(options.task) if options.task in TASKS else shots_of_file(given)
+    file = mixture_file(options.model, options.name)
+    task = task_named(options.task) if options.task in TASKS else shots_of_file(Path(options.task))
     settings = SearchSettings(
         options.population, options.elite_fraction, options.rounds, options.per_layer, options.score, options.seed
     )
@@ -265,6 +264,7 @@ def search(options: argparse.Namespace) -> None:
 
 def _write_results(options: argparse.Namespace, model: Model, measured: Sequence[Accuracy]) -> None:
     """The table, with the command that measured it."""
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(
         f"# {model.name}\n\nGreedy answers on the test splits, weights held in {model.precision}. Written by\n\n"
         f"```bash\npython -m t2app {options.command}\n```\n\n"

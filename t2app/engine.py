@@ -61,9 +61,15 @@ class Engine:
             decision = dispatcher.decide(prompt)
             seconds = round(time.perf_counter() - started, 4)
             mixture = mix(self.model.experts, decision.weights)
-            weights = {name: share(alpha) for name, alpha in decision.weights.items()}
-            changes = mean_changes(mixture)
-            yield Dispatched(decision.label, weights, decision.probabilities, seconds, decision.note, changes)
+            yield Dispatched(
+                decision.label,
+                {name: share(alpha) for name, alpha in decision.weights.items()},
+                decision.probabilities,
+                seconds,
+                decision.note,
+                mean_changes(mixture),
+                decision.trace,
+            )
             yield from self._second_pass(ids, mixture, sampling)
 
     def search(self, search: MixtureSearch) -> Iterator[Searched]:

@@ -188,7 +188,8 @@ def evaluate_dispatch(
 
 
 def write_csv(accuracies: Iterable[Accuracy], path: Path) -> None:
-    """One line a task and mixture, under a line of names."""
+    """One line a task and mixture, under a line of names; the file's folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("task", "mixture", "correct", "n", "accuracy", "low", "high", "p_value"))

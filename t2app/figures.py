@@ -19,57 +19,16 @@ _GRID_COLOUR = "rgba(128, 128, 128, 0.25)"
 def mixture_bars(weights: Mapping[str, float]) -> go.Figure:
     """The mixing weights as horizontal bars, the experts in their order and what is left for the base model last."""
     shares = {**weights, BASE: 1 - sum(weights.values())}
-    names = list(shares)
     colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(weights))] + [_BASE_COLOUR]
-    figure = go.Figure(
-        go.Bar(
-            x=list(shares.values()),
-            y=names,
-            orientation="h",
-            marker_color=colours,
-            text=[f"{share:.2f}" for share in shares.values()],
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate="%{y}: %{x:.3f}<extra></extra>",
-        )
-    )
-    low, high = min(0.0, *shares.values()), max(1.0, *shares.values())
-    return _laid_out(
-        figure,
-        height=110 + 34 * len(names),
-        bargap=0.35,
-        xaxis={
-            "range": [low - 0.2 * (low < 0) * (high - low), high * 1.12],
-            "gridcolor": _GRID_COLOUR,
-            "zerolinecolor": _TEXT_COLOUR,
-        },
-        yaxis={"categoryorder": "array", "categoryarray": names[::-1], "automargin": True},
-    )
+    return _bars(shares, colours, ".2f", ".3f")
 
 
 def probability_bars(probabilities: Mapping[str, float]) -> go.Figure:
     """What the first pass took the prompt for, as horizontal bars by category."""
-    names = list(probabilities)
-    figure = go.Figure(
-        go.Bar(
-            x=list(probabilities.values()),
-            y=names,
-            orientation="h",
-            marker_color=_BASE_COLOUR,
-            text=[f"{probability:.0%}" for probability in probabilities.values()],
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate="%{y}: %{x:.1%}<extra></extra>",
-        )
-    )
-    return _laid_out(
-        figure,
-        height=110 + 34 * max(len(names), 1),
-        bargap=0.35,
-        xaxis={"range": [0, 1.12], "tickformat": ".0%"},
-        yaxis={"categoryorder": "array", "categoryarray": names[::-1], "automargin": True},
-        annotations=[] if names else [_nothing("shown where the first pass looks at the prompt")],
-    )
+    figure = _bars(probabilities, _BASE_COLOUR, ".0%", ".1%").update_xaxes(tickformat=".0%")
+    if not probabilities:
+        figure.add_annotation(_nothing("shown where the first pass looks at the prompt"))
+    return figure
 
 
 def change_map(changes: Mapping[str, float]) -> go.Figure:
@@ -178,6 +137,38 @@ def training_curve(validations: Mapping[str, Sequence[tuple[int, float]]]) -> go
         yaxis={"title": "accuracy on validation", "tickformat": ".0%", "range": [0, 1], "gridcolor": _GRID_COLOUR},
         margin={},
         showlegend=len(validations) > 1,
+    )
+
+
+def _bars(
+    values: Mapping[str, float], colours: str | Sequence[str], number_format: str, hover_format: str
+) -> go.Figure:
+    """Horizontal bars in the order of the values, from the top, each with its value at its end."""
+    names = list(values)
+    figure = go.Figure(
+        go.Bar(
+            x=list(values.values()),
+            y=names,
+            orientation="h",
+            marker_color=colours,
+            text=[format(value, number_format) for value in values.values()],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate=f"%{{y}}: %{{x:{hover_format}}}<extra></extra>",
+        )
+    )
+    low, high = min([0.0, *values.values()]), max([1.0, *values.values()])
+    return _laid_out(
+        figure,
+        height=110 + 34 * max(len(names), 1),
+        bargap=0.35,
+        xaxis={
+            # Room for the numbers at the bars' ends, on the left only where a bar ends there.
+            "range": [low - 0.2 * (low < 0) * (high - low), high * 1.12],
+            "gridcolor": _GRID_COLOUR,
+            "zerolinecolor": _TEXT_COLOUR,
+        },
+        yaxis={"categoryorder": "array", "categoryarray": names[::-1], "automargin": True},
     )
 
 

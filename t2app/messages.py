@@ -2,16 +2,16 @@
 before a model can be loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from t2app.categories import CLASSIFIER
 
 # The ways to decide a mixture, as the command line and the page name them.
 PROMPT, PROMPT_SOFT, MANUAL = "prompt", "prompt-soft", "manual"
-DISPATCHERS = (CLASSIFIER, PROMPT, PROMPT_SOFT, MANUAL)
-# Those that look at the prompt and name its category.
+# The first ones look at the prompt and name its category.
 NAMING_DISPATCHERS = (CLASSIFIER, PROMPT, PROMPT_SOFT)
+DISPATCHERS = (*NAMING_DISPATCHERS, MANUAL)
 DEFAULT_DISPATCH = CLASSIFIER
 # A mixture that a search found is a dispatch as well: `few-shot:NAME`.
 FEW_SHOT = "few-shot"
@@ -51,43 +51,6 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or more was expected")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; more than 0 and at most 1 was expected")
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """The first pass is done.
-
-    `probabilities` is None where the dispatch has none; `note` is a sentence on how it decided, None where the rest
-    tells that; `changes` is the mean |z − 1| of every layer that the mixture changes, by the layer's path.
-    """
-
-    label: str | None
-    weights: Mapping[str, float]
-    probabilities: Mapping[str, float] | None
-    seconds: float
-    note: str | None = None
-    changes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Token:
-    """A piece of one stream's text; `tokens` so far in that stream, `seconds` since the second pass began."""
-
-    stream: str
-    text: str
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Both answers are complete. `tokens` counts both streams, `seconds` is the second pass."""
-
-    base: str
-    adapted: str
-    tokens: int
-    seconds: float
-    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -144,11 +107,55 @@ class Searched:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Dispatched:
+    """The first pass is done.
+
+    Attributes:
+        probabilities: by label, None where the dispatch has none.
+        note: a sentence on how it decided, None where the rest tells that.
+        changes: mean |z − 1| of every layer that the mixture changes, by the layer's path.
+        trace: the rounds of the search that found the mixture, where one did.
+    """
+
+    label: str | None
+    weights: Mapping[str, float]
+    probabilities: Mapping[str, float] | None
+    seconds: float
+    note: str | None = None
+    changes: Mapping[str, float] = field(default_factory=dict)
+    trace: Sequence[Searched] = ()
+
+
+@dataclass(frozen=True)
+class Token:
+    """A piece of one stream's text; `tokens` so far in that stream, `seconds` since the second pass began."""
+
+    stream: str
+    text: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Both answers are complete. `tokens` counts both streams, `seconds` is the second pass."""
+
+    base: str
+    adapted: str
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
 Event = Dispatched | Token | Finished | Searched
 
 
 def as_json(event: Event) -> dict:
-    """The event as the command line prints it, with its name under "event"; `changes` is for pictures only."""
-    fields = {key: value for key, value in asdict(event).items() if value is not None or key == "label"}
-    fields.pop("changes", None)
+    """The event as the command line prints it, with its name under "event"; `changes` and `trace` are for pictures."""
+    fields = {
+        key: value
+        for key, value in asdict(event).items()
+        if key not in ("changes", "trace") and (value is not None or key == "label")
+    }
     return {"event": type(event).__name__.lower(), **fields}

@@ -148,8 +148,8 @@ def test_table_and_csv_say_what_was_measured(tmp_path):
         "| exact | base | 37.5% | 27.7% to 48.5% | 80 |  |",
         "| exact | mixed | 100.0% | 95.4% to 100.0% | 80 | < 0.001 |",
     ]
-    write_csv(measured, tmp_path / "table.csv")
-    with open(tmp_path / "table.csv", newline="") as file:
+    write_csv(measured, tmp_path / "made" / "table.csv")
+    with open(tmp_path / "made" / "table.csv", newline="") as file:
         base, mixed = csv.DictReader(file)
     assert (base["correct"], base["p_value"], mixed["p_value"]) == ("30", "", "1e-09")
     assert float(base["low"]) == pytest.approx(measured[0].interval[0])

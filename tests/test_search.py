@@ -272,6 +272,7 @@ def test_real_search_is_at_least_as_good_as_the_best_expert_and_answers_by_it(tm
     dispatch = FewShotDispatch(model, search.found("sums"))
     dispatched, *_ = engine.answer("What is 2 plus 3?", dispatch, Sampling(max_new_tokens=4))
     assert dispatched.weights == pytest.approx(event.best) and dispatched.changes
+    assert dispatched.trace == (event,) and "trace" not in as_json(dispatched)
 
 
 def test_shots_are_drawn_from_what_is_there_to_train_on():

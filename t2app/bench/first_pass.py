@@ -22,7 +22,8 @@ def bench_first_pass(model_name: str, precision: str) -> Iterator[Figure]:
     dispatchers = [make_dispatcher(name, model) for name in NAMING_DISPATCHERS]
     times: dict[str, list[float]] = {dispatcher.name: [] for dispatcher in dispatchers}
     answers = []
-    for prompt, _ in [labelled_prompts("train")[0], *labelled_prompts("train")[:_PROMPTS]]:
+    prompts = [prompt for prompt, _ in labelled_prompts("train")[:_PROMPTS]]
+    for prompt in [prompts[0], *prompts]:
         ids = model.prompt_ids(prompt)
         # No token ends an answer: all are of this length.
         stream = decode(model.adapted, [ids, ids], [None, mixture], Sampling(_ANSWER_TOKENS), ())

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from t2app.bench.composed import compose, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.experts import mix
 from t2app.models import Model, load_model
@@ -55,10 +56,7 @@ class ComposedModel:
     def __init__(self, model: Model):
         self._model = model
         self._weights = {path: linear_layer(model.adapted.model, path).weight for path in model.adapted.layers}
-        self._factors = {}
-        for path, weight in self._weights.items():
-            u, s, vt = torch.linalg.svd(weight.float(), full_matrices=False)
-            self._factors[path] = (u.to(weight.dtype), s, vt.to(weight.dtype))
+        self._factors = {path: factors_of(weight) for path, weight in self._weights.items()}
 
     @torch.inference_mode()
     def log_likelihoods(self, shots: Sequence[Example], mixtures: Sequence[Deltas | None]) -> list[float]:
@@ -66,11 +64,9 @@ class ComposedModel:
         own = {path: weight.clone() for path, weight in self._weights.items()}
         means = []
         for mixture in mixtures:
-            for path, (u, s, vt) in self._factors.items():
-                if (mixture or {}).get(path) is None:
-                    self._weights[path].copy_(own[path])
-                else:
-                    self._weights[path].copy_((u * (s * (1 + mixture[path].to(s.device))).to(u.dtype)) @ vt)
+            for path, weight in self._weights.items():
+                delta = (mixture or {}).get(path)
+                weight.copy_(own[path] if delta is None else compose(self._factors[path], delta.to(weight.device)))
             means.append(sum(log_likelihoods(self._model, [shot], [None])[0] for shot in shots) / len(shots))
         for path, weight in self._weights.items():
             weight.copy_(own[path])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from t2app.bench.composed import compose, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.decoding import Prefix, answer_log_probabilities, collected, decode
 from t2app.messages import Sampling
@@ -105,8 +106,7 @@ class _Composed(_Way):
         self.factors = {}
         for path in model.adapted.layers:
             weight = linear_layer(model.adapted.model, path).weight
-            u, s, vt = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-            self.factors[path] = (u.to(weight.dtype), s.to(weight.dtype), vt.to(weight.dtype))
+            self.factors[path] = factors_of(weight)
             weight.requires_grad_(True)
         # The model as it is, with weights that can be written: nothing of the edit beside them is used.
         model.adapted.detach()
@@ -114,14 +114,10 @@ class _Composed(_Way):
     def mixture(self) -> None:
         return None
 
-    def compose(self, path: str) -> Tensor:
-        u, s, vt = self.factors[path]
-        return (u * (s * (1 + self.parameters[path])).to(u.dtype)) @ vt
-
     def write(self) -> None:
         with torch.no_grad():
-            for path in self.factors:
-                linear_layer(self.model.adapted.model, path).weight.copy_(self.compose(path))
+            for path, factors in self.factors.items():
+                linear_layer(self.model.adapted.model, path).weight.copy_(compose(factors, self.parameters[path]))
 
     def sample(self, batch: _Batch) -> None:
         self.write()
@@ -130,9 +126,9 @@ class _Composed(_Way):
     def update(self, batch: _Batch) -> None:
         self.optimizer.zero_grad()
         self.loss(batch, None).backward()
-        for path in self.factors:
+        for path, factors in self.factors.items():
             weight = linear_layer(self.model.adapted.model, path).weight
-            self.compose(path).backward(weight.grad)
+            compose(factors, self.parameters[path]).backward(weight.grad)
             weight.grad = None
         self.optimizer.step()
 

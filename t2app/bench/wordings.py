@@ -17,11 +17,8 @@ _OF_EACH_LABEL = 60
 def bench_wordings(model_name: str, precision: str) -> Iterator[Figure]:
     """The share of prompts that are named rightly, with its 95 % Wilson interval as the range."""
     model = load_model(model_name, precision)
-    prompts = [
-        row
-        for label in LABELS
-        for row in [row for row in labelled_prompts("train") if row[1] == label][:_OF_EACH_LABEL]
-    ]
+    labelled = labelled_prompts("train")
+    prompts = [row for label in LABELS for row in [row for row in labelled if row[1] == label][:_OF_EACH_LABEL]]
     asked = [((wording,), calibration) for wording in WORDINGS for calibration in CALIBRATIONS]
     for wordings, calibration in [*asked, (ASKED, DEFAULT_CALIBRATION)]:
         dispatcher = PromptDispatch(model, wordings=wordings, calibration=calibration)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from t2app.experts import Alpha, Expert
+from t2app.messages import Searched
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Decision:
         weights: α of every expert of the model, by name, or an α for each block.
         probabilities: by label, where there are any; they add up to 1.
         note: a sentence for the user on how it was decided, where the rest does not tell.
+        trace: the rounds of the search that found the weights, where one did.
     """
 
     label: str | None
     weights: Mapping[str, Alpha]
     probabilities: Mapping[str, float] | None = None
     note: str | None = None
+    trace: Sequence[Searched] = ()
 
 
 def decision_for(label: str, probabilities: Mapping[str, float], experts: Sequence[Expert]) -> Decision:

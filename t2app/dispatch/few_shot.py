@@ -28,11 +28,11 @@ class FewShotDispatch:
                     "bring that expert back or search anew"
                 )
         self.name = few_shot(mixture.name)
-        self.mixture = mixture
+        self._mixture = mixture
         self._weights = dict.fromkeys(present, 0.0) | dict(mixture.weights)
 
     def decide(self, prompt: str) -> Decision:
-        found = self.mixture
+        found = self._mixture
         of_task = "" if found.task == found.name else f" of {found.task}"
         note = f"The mixture “{found.name}”, found on {found.shots} examples{of_task}."
-        return Decision(label=None, weights=self._weights, note=note)
+        return Decision(label=None, weights=self._weights, note=note, trace=found.trace)

@@ -4,14 +4,13 @@ Which dispatch decides is the choice in the settings, and nowhere else: moving a
 under the sliders gives the choice back.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import gradio as gr
 
-from t2app.catalogue import expert_files, title_of
+from t2app.catalogue import expert_files
 from t2app.categories import CLASSIFIER
 from t2app.figures import change_map, mixture_bars, probability_bars, search_trace
 from t2app.loading import EngineLoader
@@ -26,9 +25,9 @@ from t2app.messages import (
     Sampling,
     Token,
     few_shot,
-    mixture_name,
 )
-from t2app.mixtures import kept_mixtures, mixture_file, read_mixture
+from t2app.mixtures import kept_mixtures
+from t2app.ui.updates import failure, run_buttons
 
 EXAMPLES = (
     "What is 19 minus 13? Answer with just the number.",
@@ -124,8 +123,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
 
 def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
     """The ways to decide, with what they are called on the page; the kept mixtures are among them."""
-    kept = kept_mixtures(title_of(model_name))
-    found = [(f"Found by a search: {name}", few_shot(name)) for name in kept]
+    found = [(f"Found by a search: {name}", few_shot(name)) for name in kept_mixtures(model_name)]
     return [(_DISPATCH_TITLES[name], name) for name in DISPATCHERS] + found
 
 
@@ -153,14 +151,9 @@ def _answer(
         dispatcher = engine.dispatcher(dispatch, by_hand)
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
         for event in engine.answer(prompt, dispatcher, sampling):
-            if isinstance(event, Dispatched):
-                yield page.dispatched(event, _reasons(event, dispatch, engine.model.name))
-            else:
-                yield page.event(event)
-    except Exception as error:  # whatever it was, the person who asked must see it
-        if not isinstance(error, ValueError):
-            logging.getLogger(__name__).exception("an answer failed")
-        yield page.failed(str(error) or type(error).__name__)
+            yield page.dispatched(event) if isinstance(event, Dispatched) else page.event(event)
+    except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
+        yield page.failed(failure(error, "an answer"))
 
 
 class _AnswerView:
@@ -174,15 +167,15 @@ class _AnswerView:
         return self._update(running=True, status=status)
 
     def failed(self, sentence: str) -> list:
-        return self._update(running=False, status=f"⚠️ {sentence}")
+        return self._update(running=False, status=sentence)
 
-    def dispatched(self, event: Dispatched, reasons: object) -> list:
+    def dispatched(self, event: Dispatched) -> list:
         # Only here do the answers before give way: a prompt that is refused leaves them.
         cleared = dict.fromkeys(("adapted", "base", "adapted_statistics", "base_statistics"), "")
         return self._update(
             status=_describe(event),
             bars=mixture_bars(event.weights),
-            reasons=reasons,
+            reasons=_reasons(event),
             changes=change_map(event.changes),
             sliders=list(event.weights.values()),
             **cleared,
@@ -197,16 +190,17 @@ class _AnswerView:
         return self._update(running=False, adapted=event.adapted, base=event.base)
 
     def _update(self, running: bool | None = None, sliders: list[float] | None = None, **values) -> list:
-        buttons = [gr.skip(), gr.skip()] if running is None else _buttons(running)
         named = ("status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base", "base_statistics")
-        return [*buttons, *(values.get(name, gr.skip()) for name in named), *(sliders or [gr.skip()] * self._sliders)]
+        return [
+            *run_buttons(running),
+            *(values.get(name, gr.skip()) for name in named),
+            *(sliders or [gr.skip()] * self._sliders),
+        ]
 
 
-def _reasons(event: Dispatched, dispatch: str, model_name: str) -> object:
+def _reasons(event: Dispatched) -> object:
     """The figure of what was decided by: probabilities of the categories, or the trace of a search."""
-    if name := mixture_name(dispatch):
-        return search_trace(read_mixture(mixture_file(model_name, name)).trace)
-    return probability_bars(event.probabilities or {})
+    return search_trace(event.trace) if event.trace else probability_bars(event.probabilities or {})
 
 
 def _describe(event: Dispatched) -> str:
@@ -217,9 +211,5 @@ def _describe(event: Dispatched) -> str:
     return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s{note}"
 
 
-def _buttons(running: bool) -> list:
-    return [gr.update(interactive=not running), gr.update(interactive=running)]
-
-
 def _stopped() -> list:
-    return [*_buttons(running=False), "Stopped."]
+    return [*run_buttons(running=False), "Stopped."]

@@ -1,6 +1,5 @@
 """The tab that searches a mixture for a new task: solved examples in, rounds to watch, a kept mixture out."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from t2app.tasks.puzzles import PUZZLES
 from t2app.tasks.reasoning import ReasoningBasics
 from t2app.tasks.shots import Shots
 from t2app.ui.answer import dispatch_choices
+from t2app.ui.updates import failure, run_buttons
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
@@ -121,10 +121,8 @@ def _search(
             raise ValueError(f"There are {len(pairs)} examples; this page takes at most {_MOST_SHOTS}.")
         yield _update(running=True, status="Trying the first mixtures…")
         yield from _rounds(loader.engine(), stopping, pairs, name, settings, session)
-    except Exception as error:  # whatever it was, the person who asked must see it
-        if not isinstance(error, ValueError):
-            logging.getLogger(__name__).exception("a search failed")
-        yield _update(running=False, status=f"⚠️ {error or type(error).__name__}")
+    except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
+        yield _update(running=False, status=failure(error, "a search"))
     finally:
         stopping.discard(session)
 
@@ -164,7 +162,4 @@ def _describe(event: Searched, shots: int) -> str:
 
 
 def _update(running: bool | None = None, **values) -> list:
-    buttons = [gr.skip(), gr.skip()]
-    if running is not None:
-        buttons = [gr.update(interactive=not running), gr.update(interactive=running)]
-    return [*buttons, *(values.get(name, gr.skip()) for name in ("status", "trace", "dispatch"))]
+    return [*run_buttons(running), *(values.get(name, gr.skip()) for name in ("status", "trace", "dispatch"))]
