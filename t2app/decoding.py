@@ -239,7 +239,7 @@ def _forward(
     adapted: SpectralModel, ids: Tensor, mask: Tensor | None, cache: DynamicCache, logits_to_keep: int = 1
 ) -> Tensor:
     """Logits of the last tokens, or of all for 0; ids (rows, new tokens), mask (rows, all tokens)."""
-    arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+    arguments = {"input_ids": ids, "cache": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
     if mask is not None:
         arguments["attention_mask"] = mask
         arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]

@@ -48,7 +48,7 @@ def _stepper(model: Model, mixtures: list[Deltas | None]) -> Callable[[], None]:
 
     def forward(ids: torch.Tensor) -> None:
         with torch.inference_mode(), model.adapted.using(plan):
-            transformer(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+            transformer(input_ids=ids, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
 
     forward(context)
     return lambda: forward(context[:, :1])
