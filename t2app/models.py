@@ -106,7 +106,7 @@ def load_model(
     return Model(
         name=title,
         precision=precision,
-        adapted=SpectralModel(model, bases),
+        adapted=SpectralModel(model, bases, many_rows),
         tokenizer=tokenizer,
         identity=identity,
         experts=experts,

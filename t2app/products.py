@@ -115,6 +115,13 @@ def has_bfloat16_arithmetic() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def has_products_of_many_rows(weight: Tensor) -> bool:
+    """Whether torch's own product of many rows by a weight is a good one: of floats, and not one row at a time."""
+    if not weight.dtype.is_floating_point or weight.device.type == "meta":
+        return False
+    return weight.dtype == torch.float32 or weight.device.type != "cpu" or has_bfloat16_arithmetic()
+
+
 @cache
 def few_rows() -> int:
     """Up to how many rows the kernels are faster than what else there is (`bench products`)."""

@@ -6,8 +6,9 @@ W's narrow side is needed to compute W'x from Wx:
     in_features ≤ out_features:  W'x = W(x + V((z − 1) ⊙ Vᵀx))      the input is edited, then the layer runs as it is
     out_features < in_features:  W'x = y + U((z − 1) ⊙ Uᵀy), y = Wx  the layer runs as it is, then its output is edited
 
-so nothing is ever written into the weights and every row of a batch can carry its own z. This file knows linear layers
-and vectors; it does not know experts, prompts or how a model is loaded.
+so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
+batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
+This file knows linear layers and vectors; it does not know experts, prompts or how a model is loaded.
 """
 
 import hashlib
@@ -18,8 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from t2app.products import FastLinear, edited, fast_edited
+from t2app.products import FastLinear, edited, fast_edited, few_rows, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
 Deltas = Mapping[str, Tensor]
@@ -93,16 +95,25 @@ class RowDeltas(NamedTuple):
     edited: slice | Tensor
     delta: Tensor
 
+    @property
+    def edits_all(self) -> bool:
+        return isinstance(self.edited, slice) and self.edited.stop - self.edited.start == self.count
+
 
 class SpectralLinear(nn.Module):
-    """A linear layer with the edit of this module beside it; the layer itself stays whole under `base`."""
+    """A linear layer with the edit of this module beside it; the layer itself stays whole under `base`.
 
-    def __init__(self, base: nn.Module, basis: Basis, dtype: torch.dtype, device: torch.device):
+    Args:
+        many_rows: keep the weight in the basis too, a second copy of it, for batches in which every row is edited.
+    """
+
+    def __init__(self, base: nn.Module, basis: Basis, dtype: torch.dtype, device: torch.device, many_rows: bool):
         super().__init__()
         self.base = base
         self.edits_input = basis.edits_input
         self._edited = fast_edited if isinstance(base, FastLinear) else edited
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
+        self.register_buffer("in_basis", self._weight_in_basis() if many_rows else None, persistent=False)
         self.rows: RowDeltas | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,10 +124,26 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
-        _, rows, delta = self.rows
+        count, rows, delta = self.rows
+        if self.in_basis is not None and self.rows.edits_all and count * x.shape[1] > few_rows():
+            return self._by_factors(x, 1 + delta)
         if self.edits_input:
             return self.base(self._edited(x, rows, self.vectors, delta))
         return self._edited(self.base(x), rows, self.vectors, delta, self.base.bias)
+
+    def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
+        """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""
+        coordinates = F.linear(x, self.vectors if self.edits_input else self.in_basis) * z[:, None, :]
+        coordinates = coordinates.to(x.dtype)  # (rows, tokens, rank)
+        if self.edits_input:
+            return F.linear(coordinates, self.in_basis, self.base.bias)
+        y = coordinates @ self.vectors
+        return y if self.base.bias is None else y + self.base.bias
+
+    def _weight_in_basis(self) -> Tensor:
+        """WV (out_features, rank), or UᵀW (rank, in_features), in the weight's own precision."""
+        weight, vectors = self.base.weight.float(), self.vectors.float()
+        return (weight @ vectors.T if self.edits_input else vectors @ weight).to(self.base.weight.dtype)
 
 
 class SpectralModel:
@@ -125,12 +152,14 @@ class SpectralModel:
     Args:
         model: any module; its parameters are neither copied nor changed.
         bases: the basis of every layer to adapt, by the layer's path in `model`.
+        many_rows: whether batches will be large and all their rows adapted; a second copy of the weights makes them
+            faster.
 
     Raises:
         ValueError: a path names no linear layer of `model`, or a basis does not fit its layer.
     """
 
-    def __init__(self, model: nn.Module, bases: Mapping[str, Basis]):
+    def __init__(self, model: nn.Module, bases: Mapping[str, Basis], many_rows: bool = False):
         self.model = model
         self.layers: dict[str, SpectralLinear] = {}
         for path, basis in bases.items():
@@ -142,7 +171,8 @@ class SpectralModel:
                 )
             # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
-            self.layers[path] = SpectralLinear(layer, basis, dtype, layer.weight.device)
+            copied = many_rows and has_products_of_many_rows(layer.weight)
+            self.layers[path] = SpectralLinear(layer, basis, dtype, layer.weight.device, copied)
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 

@@ -23,7 +23,9 @@ from t2app.mixtures import (
 )
 from t2app.models import Model, load_model
 from t2app.search import CrossEntropy, MixtureSearch, pick_shots, scorer
-from t2app.search.scores import log_likelihoods
+from t2app.search.cross_entropy import smoothed
+from t2app.search.scores import Score, log_likelihoods
+from t2app.search.search import recommended
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
 from t2app.tasks.shots import Shots
@@ -87,6 +89,32 @@ def test_best_point_is_kept_however_bad_what_follows_is():
     for _ in range(3):
         assert method.tell(scores) == (1.0, 1.0)
         scores |= {point: -1.0 for point in method.ask() if point not in scores}
+
+
+def test_smoothed_score_of_a_point_is_a_mean_in_which_its_neighbours_count_most():
+    scores = {(0.0, 0.0): 5.0, (0.3, 0.4): 1.0, (1.0, 1.0): 9.0}
+    # Mean square distances from the first point: 0.125 and 1.
+    weights = np.exp(-np.array([0, 0.125, 1]) / (2 * 0.5**2))
+    assert smoothed(scores, 0.5)[0.0, 0.0] == pytest.approx((weights @ [5, 1, 9]) / weights.sum())
+    assert smoothed(scores, 0.01) == pytest.approx(scores)
+    assert smoothed(scores, 1e3) == pytest.approx(dict.fromkeys(scores, 5.0), rel=1e-4)
+
+
+def test_candidate_that_is_lucky_among_bad_ones_is_not_recommended():
+    good = {
+        (1.0, 0.0): Score(6, -2.0),
+        (0.9, 0.1): Score(6, -1.0),
+        (0.9, 0.0): Score(7, -3.0),
+        (1.0, 0.1): Score(6, -2.5),
+    }
+    lucky = {(0.0, 1.0): Score(8, -0.5), (0.1, 0.9): Score(1, -0.5), (0.0, 0.8): Score(2, -0.5)}
+    assert max(good | lucky, key=(good | lucky).__getitem__) in lucky
+    assert recommended(good | lucky) in good
+
+
+def test_likeliest_candidate_is_recommended_where_none_was_answered():
+    scores = {(0.0, 0.0): Score(0, -3.0), (0.5, 0.5): Score(0, -1.0), (1.0, 0.0): Score(0, -2.0)}
+    assert recommended(scores) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("name", ["model", "real"])

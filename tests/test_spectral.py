@@ -46,7 +46,7 @@ class Subject:
     @torch.no_grad()
     def _run(self, model: nn.Module) -> Tensor:
         prompt = model(self.ids[:, :-1], use_cache=True)
-        step = model(self.ids[:, -1:], past_key_values=prompt.past_key_values)
+        step = model(self.ids[:, -1:], cache=prompt.past_key_values)
         return torch.cat([prompt.logits, step.logits], dim=1)  # (rows, tokens, vocabulary)
 
     def random_deltas(self, seed: int) -> Deltas:
@@ -129,6 +129,35 @@ def assert_row_is_the_written_model(plain: nn.Module, adapted: SpectralModel, wr
 def test_adapted_row_is_a_small_model_with_the_scaled_weights_written_into_it(small, keep):
     plain = deepcopy(small)
     assert_row_is_the_written_model(plain, adapt(small, keep), write(plain), keep)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi"])
+def test_batch_of_edited_rows_is_the_same_by_the_factors_of_the_weight(small_model, name):
+    model = small_model(name)
+    bases = {path: basis_of(linear_layer(model, path).weight) for path in block_linear_paths(model)}
+    beside, by_factors = SpectralModel(deepcopy(model), bases), SpectralModel(deepcopy(model), bases, many_rows=True)
+    ids = random_ids(model)
+    mixtures = [random_deltas({path: basis.rank for path, basis in bases.items()}, seed) for seed in range(3)]
+    products = []
+    for adapted in (beside, by_factors):
+        for layer in adapted.layers.values():
+            layer.base.register_forward_hook(lambda layer, arguments, y: products.append(layer))
+    with torch.no_grad(), beside.rows(mixtures), by_factors.rows(mixtures):
+        expected = beside.model(ids).logits
+        assert products and not products.clear()
+        logits = by_factors.model(ids).logits
+    assert not products, "the layer's own product was taken beside its factors'"
+    assert (logits - expected).abs().max() <= 1e-4 * (expected.max() - expected.min())
+
+
+def test_base_row_of_a_model_for_many_rows_is_bit_identical_to_the_plain_model(small_model):
+    plain = small_model("qwen2")
+    bases = {path: basis_of(linear_layer(plain, path).weight) for path in block_linear_paths(plain)}
+    adapted = SpectralModel(deepcopy(plain), bases, many_rows=True)
+    subject = Subject(plain, adapted, random_ids(plain))
+    mixed = subject.logits([None, subject.random_deltas(0), subject.random_deltas(1)])
+    assert torch.equal(mixed[0], subject.plain_logits()[0])
+    assert not torch.allclose(mixed[1], subject.plain_logits()[1])
 
 
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)

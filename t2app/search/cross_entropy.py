@@ -2,7 +2,8 @@
 
 Each round draws a population, keeps its elites, and draws the next one from a normal distribution of their mean and
 spread, clipped to the cube; the best point so far always competes. Points lie on a grid, so that one drawn again is
-known again.
+known again. Where a score is a few coin flips, the best of a hundred points is mostly a lucky one; `smoothed` asks each
+point's neighbours too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,20 @@ _GRID_DECIMALS = 2
 _SETTLED = 10**-_GRID_DECIMALS
 
 Point = tuple[float, ...]
+
+
+def smoothed(scores: Mapping[Point, float], bandwidth: float) -> dict[Point, float]:
+    """Every point's score as the mean of all scores, those nearby counting most (Nadaraya 1964, Watson 1964).
+
+    Args:
+        bandwidth: standard deviation of the Gaussian weights, in root mean square distance over the dimensions: as far
+            for one α an expert as for the same α in each of its blocks.
+    """
+    points, values = np.array(list(scores)), np.array(list(scores.values()), dtype=float)
+    squares = np.square(points).mean(1)
+    distances = squares[:, None] + squares - 2 * (points @ points.T) / points.shape[1]
+    weights = np.exp(-distances / (2 * bandwidth**2))  # (points, points)
+    return dict(zip(scores, (weights @ values / weights.sum(1)).tolist(), strict=True))
 
 
 class CrossEntropy:
