@@ -101,6 +101,7 @@ class SpectralLinear(nn.Module):
         super().__init__()
         self.base = base
         self.edits_input = basis.edits_input
+        self.singular_values = basis.singular_values
         self._edited = fast_edited if isinstance(base, FastLinear) else edited
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
         self.rows: RowDeltas | None = None
