@@ -1,4 +1,4 @@
-"""The command line: `python -m t2app answer | experts | train | import | ablate | eval | search | bench`.
+"""The command line: `python -m t2app answer | experts | train | import | ablate | eval | search | families | bench`.
 
 With `--json` a command prints one JSON object a line on standard output and nothing else there; progress and errors go
 to standard error. Every command ends with exit code 0, or 1 and a sentence.
@@ -32,6 +32,7 @@ from t2app.evaluation import (
     write_csv,
 )
 from t2app.experts import mix, save_expert
+from t2app.families import FAMILIES, REFUSED, check_family, families_table, refusal
 from t2app.figures import training_curve
 from t2app.messages import (
     DEFAULT_DISPATCH,
@@ -297,6 +298,30 @@ def _write_results(options: argparse.Namespace, model: Model, measured: Sequence
     )
 
 
+def families(options: argparse.Namespace) -> None:
+    """Check what each architecture keeps; exits with 1 where one does not keep all of it."""
+    kept, refused = {}, {}
+    for name in FAMILIES:
+        kept[name] = check_family(name)
+        if options.json:
+            outcomes = {check: asdict(outcome) for check, outcome in kept[name].items()}
+            _print_json({"family": name, "checks": outcomes})
+    for name in REFUSED:
+        refused[name] = refusal(name)
+        if options.json:
+            _print_json({"family": name, "refused": refused[name]})
+    table = families_table(kept, refused)
+    if not options.json:
+        print(table)
+    if options.results is not None:
+        about = f"# Families\n\n```bash\npython -m t2app {options.command}\n```\n\n"
+        options.results.write_text(about + table, encoding="utf-8")
+    broken = [name for name, checks in kept.items() if not all(outcome.kept for outcome in checks.values())]
+    broken += [name for name, sentence in refused.items() if sentence is None]
+    if broken:
+        raise ValueError(f"not everything is kept by {', '.join(broken)}")
+
+
 def run_benches(options: argparse.Namespace) -> None:
     """Print the figures of the benches named, or of all."""
     for name in options.name or bench.BENCHES:
@@ -513,6 +538,11 @@ def _parser() -> argparse.ArgumentParser:
         flag = f"--{name.replace('_', '-')}"
         command.add_argument(flag, type=kind, default=default, help=f"{help_text} ({default})")
     command.set_defaults(run=search)
+
+    command = commands.add_parser("families", help="check which architectures can be adapted, on small random models")
+    command.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
+    command.add_argument("--results", type=Path, metavar="FILE", help="also write the table there, as Markdown")
+    command.set_defaults(run=families)
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")
     command.add_argument(
