@@ -330,8 +330,8 @@ def run_benches(options: argparse.Namespace) -> None:
                 _print_json(asdict(figure))
             else:
                 print(
-                    f"{figure.bench} {figure.figure}: {figure.value:.3f} {figure.unit} "
-                    f"({figure.min:.3f} to {figure.max:.3f}, n = {figure.n})"
+                    f"{figure.bench} {figure.figure}: {figure.value:.4g} {figure.unit} "
+                    f"({figure.min:.4g} to {figure.max:.4g}, n = {figure.n})"
                 )
 
 
