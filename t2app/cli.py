@@ -32,7 +32,6 @@ from t2app.evaluation import (
     write_csv,
 )
 from t2app.experts import mix, save_expert
-from t2app.families import FAMILIES, REFUSED, check_family, families_table, refusal
 from t2app.figures import training_curve
 from t2app.messages import (
     DEFAULT_DISPATCH,
@@ -300,6 +299,9 @@ def _write_results(options: argparse.Namespace, model: Model, measured: Sequence
 
 def families(options: argparse.Namespace) -> None:
     """Check what each architecture keeps; exits with 1 where one does not keep all of it."""
+    # Here, because so many architectures take a second to import.
+    from t2app.families import FAMILIES, REFUSED, check_family, families_table, refusal
+
     kept, refused = {}, {}
     for name in FAMILIES:
         kept[name] = check_family(name)
@@ -478,7 +480,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--advantage", choices=ADVANTAGES, help="plain is the paper's ±1")
     command.set_defaults(run=train)
 
-    command = commands.add_parser("import", parents=[common], help="read an expert that the authors' code trained")
+    command = commands.add_parser(
+        "import", parents=[common], help="read an expert that the authors' code trained on --model"
+    )
     command.add_argument("file", type=Path, metavar="FILE", help="its policy_params.pt or learnable_params.pt")
     command.add_argument("--name", type=_file_name, required=True, help="the expert's name")
     command.add_argument("--label", help=f"{', '.join(CATEGORIES)} or one of your own (default: the name)")

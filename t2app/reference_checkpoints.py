@@ -7,7 +7,8 @@ vector p (rank,) for each, makes the mask m = sigmoid(p) · max_mult of it, and 
 
 in which max_mult cancels. It writes the p in two forms: `learnable_params.pt` names each by its weight
 (`model.layers.0.mlp.gate_proj.weight`), `policy_params.pt` numbers them (`learnable_params_module_list.0`) in the order
-in which the model's state dict lists these weights.
+in which the model's state dict lists these weights. Neither says which model it belongs to, and Llama-3-8B and
+Mistral-7B have the same names and shapes: that is for whoever imports one to know.
 """
 
 import hashlib

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from t2app.cli import main
 from t2app.experts import ExpertError, load_expert, mix
 from t2app.models import Model
 from t2app.reference_checkpoints import expert_of_checkpoint, read_checkpoint
+from t2app.spectral import block_linear_paths, is_mlp_path
 
 # It cancels; a power of two does so exactly in bfloat16, in which the authors multiply by it.
 MAX_MULT = 2.0
@@ -102,6 +103,17 @@ def test_import_says_where_an_expert_came_from_and_never_replaces_one(tiny_folde
     assert expert.training["command"].startswith("python -m t2app import ")
     with pytest.raises(SystemExit, match=r"there is an expert .*sums.safetensors already"):
         main([*command, "--label", "math"])
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, MistralConfig])
+def test_order_of_the_numbered_form_is_that_of_the_state_dict_of_an_8b_model(config):
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(**shape))
+    names = [name for name in model.state_dict() if "mlp" in name]
+    first = [f"model.layers.0.mlp.{layer}_proj.weight" for layer in ("gate", "up", "down")]
+    assert names[:3] == first
+    assert names == [f"{path}.weight" for path in block_linear_paths(model, is_mlp_path)] and len(names) == 96
 
 
 def import_of(content: object, file: Path, model: Model) -> None:
