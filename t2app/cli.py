@@ -1,4 +1,4 @@
-"""The command line: `python -m t2app answer | experts | train | ablate | eval | search | bench`.
+"""The command line: `python -m t2app answer | experts | train | import | ablate | eval | search | families | bench`.
 
 With `--json` a command prints one JSON object a line on standard output and nothing else there; progress and errors go
 to standard error. Every command ends with exit code 0, or 1 and a sentence.
@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
+from t2app.catalogue import DEFAULT_MODEL, PRECISIONS, pool_folder
+from t2app.categories import CATEGORIES
 from t2app.dispatch import Dispatcher, make_dispatcher
 from t2app.engine import Engine
 from t2app.evaluation import (
@@ -30,7 +31,7 @@ from t2app.evaluation import (
     results_table,
     write_csv,
 )
-from t2app.experts import mix
+from t2app.experts import mix, save_expert
 from t2app.figures import training_curve
 from t2app.messages import (
     DEFAULT_DISPATCH,
@@ -49,6 +50,7 @@ from t2app.messages import (
 )
 from t2app.mixtures import mixture_file, write_mixture
 from t2app.models import Model, load_model
+from t2app.reference_checkpoints import expert_of_checkpoint, read_checkpoint
 from t2app.search import MixtureSearch, pick_shots
 from t2app.spectral import is_mlp_path
 from t2app.tasks import Task
@@ -163,6 +165,28 @@ def _trainer(options: argparse.Namespace, task: Task) -> Trainer:
     return LoraTrainer(model, task, settings, options.out, name)
 
 
+def import_expert(options: argparse.Namespace) -> None:
+    """Turn a checkpoint of the authors' code into an expert."""
+    target = (options.out or pool_folder(options.model)) / f"{options.name}.safetensors"
+    if target.exists():
+        raise ValueError(f"there is an expert {target} already; give another --name or another --out")
+    label = options.label or options.name
+    description = options.description or CATEGORIES.get(label)
+    if description is None:
+        raise ValueError(
+            f"'{label}' is none of the categories {', '.join(CATEGORIES)}, so the first pass needs to be told what it "
+            "is for: give one of them as --label, or say it in a line by --description"
+        )
+    checkpoint = read_checkpoint(options.file)
+    expert = expert_of_checkpoint(checkpoint, options.name, label, description, _load(options, layers=is_mlp_path))
+    save_expert(replace(expert, training=expert.training | {"command": f"python -m t2app {options.command}"}), target)
+    if options.json:
+        row = {"event": "imported", "name": expert.name, "label": label, "layers": len(expert.z)}
+        _print_json(row | {"parameters": expert.parameters, "file": str(target)})
+    else:
+        print(f"{len(expert.z)} layers, {expert.parameters:,} numbers; written to {target}")
+
+
 def ablate(options: argparse.Namespace) -> None:
     """Train the variations with several seeds and print what each is worth."""
     shared = [f"--model={options.model}", f"--precision={options.precision}"]
@@ -273,6 +297,33 @@ def _write_results(options: argparse.Namespace, model: Model, measured: Sequence
     )
 
 
+def families(options: argparse.Namespace) -> None:
+    """Check what each architecture keeps; exits with 1 where one does not keep all of it."""
+    # Here, because so many architectures take a second to import.
+    from t2app.families import FAMILIES, REFUSED, check_family, families_table, refusal
+
+    kept, refused = {}, {}
+    for name in FAMILIES:
+        kept[name] = check_family(name)
+        if options.json:
+            outcomes = {check: asdict(outcome) for check, outcome in kept[name].items()}
+            _print_json({"family": name, "checks": outcomes})
+    for name in REFUSED:
+        refused[name] = refusal(name)
+        if options.json:
+            _print_json({"family": name, "refused": refused[name]})
+    table = families_table(kept, refused)
+    if not options.json:
+        print(table)
+    if options.results is not None:
+        about = f"# Families\n\n```bash\npython -m t2app {options.command}\n```\n\n"
+        options.results.write_text(about + table, encoding="utf-8")
+    broken = [name for name, checks in kept.items() if not all(outcome.kept for outcome in checks.values())]
+    broken += [name for name, sentence in refused.items() if sentence is None]
+    if broken:
+        raise ValueError(f"not everything is kept by {', '.join(broken)}")
+
+
 def run_benches(options: argparse.Namespace) -> None:
     """Print the figures of the benches named, or of all."""
     for name in options.name or bench.BENCHES:
@@ -281,8 +332,8 @@ def run_benches(options: argparse.Namespace) -> None:
                 _print_json(asdict(figure))
             else:
                 print(
-                    f"{figure.bench} {figure.figure}: {figure.value:.3f} {figure.unit} "
-                    f"({figure.min:.3f} to {figure.max:.3f}, n = {figure.n})"
+                    f"{figure.bench} {figure.figure}: {figure.value:.4g} {figure.unit} "
+                    f"({figure.min:.4g} to {figure.max:.4g}, n = {figure.n})"
                 )
 
 
@@ -349,6 +400,12 @@ def _name_of(known: Collection[str]) -> Callable[[str], str]:
 
 def _dispatch_name(text: str) -> str:
     return text if mixture_name(text) else _name_of((*DISPATCHERS, few_shot("NAME")))(text)
+
+
+def _file_name(text: str) -> str:
+    if text in ("", ".", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"'{text}' is no name for a file")
+    return text
 
 
 def _count(text: str) -> int:
@@ -423,6 +480,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--advantage", choices=ADVANTAGES, help="plain is the paper's ±1")
     command.set_defaults(run=train)
 
+    command = commands.add_parser(
+        "import", parents=[common], help="read an expert that the authors' code trained on --model"
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="its policy_params.pt or learnable_params.pt")
+    command.add_argument("--name", type=_file_name, required=True, help="the expert's name")
+    command.add_argument("--label", help=f"{', '.join(CATEGORIES)} or one of your own (default: the name)")
+    command.add_argument("--description", help="a line on what it is for (default: the label's)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: the model's experts)")
+    command.set_defaults(run=import_expert)
+
     command = commands.add_parser("ablate", parents=[common, data], help="compare training settings over seeds")
     command.add_argument("task", metavar="TASK", choices=TASKS, help="to train on")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the trainings")
@@ -475,6 +542,11 @@ def _parser() -> argparse.ArgumentParser:
         flag = f"--{name.replace('_', '-')}"
         command.add_argument(flag, type=kind, default=default, help=f"{help_text} ({default})")
     command.set_defaults(run=search)
+
+    command = commands.add_parser("families", help="check which architectures can be adapted, on small random models")
+    command.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
+    command.add_argument("--results", type=Path, metavar="FILE", help="also write the table there, as Markdown")
+    command.set_defaults(run=families)
 
     command = commands.add_parser("bench", parents=[common], help="measure what things cost")
     command.add_argument(

@@ -111,6 +111,7 @@ class SpectralLinear(nn.Module):
         super().__init__()
         self.base = base
         self.edits_input = basis.edits_input
+        self.singular_values = basis.singular_values
         self._edited = fast_edited if isinstance(base, FastLinear) else edited
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
         self.register_buffer("in_basis", self._weight_in_basis() if many_rows else None, persistent=False)
@@ -244,13 +245,20 @@ def linear_layer(model: nn.Module, path: str) -> nn.Linear:
 def block_linear_paths(model: nn.Module, keep: Callable[[str], bool] = lambda path: True) -> list[str]:
     """Paths of the linear layers inside the model's blocks (the longest list of modules), in the model's order.
 
+    A layer whose output is several projections side by side (Phi-3's `qkv_proj`, GPT-NeoX's `query_key_value`) is one
+    linear layer and has one z.
+
     Raises:
-        ValueError: the model has no list of blocks, or no linear layer in it.
+        ValueError: the model has no list of blocks, no linear layer in it, or weights in it that are matrices of
+            something else than a linear layer, such as those of a mixture of experts.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not blocks:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    # A list inside a block, as of a mixture's experts, may be longer than the list of the blocks.
+    outermost = [entry for entry in lists if not any(entry[0].startswith(f"{name}.") for name, _ in lists)]
+    if not outermost:
         raise ValueError(f"{type(model).__name__} has no list of blocks to adapt")
-    root, _ = max(blocks, key=lambda item: len(item[1]))
+    root, _ = max(outermost, key=lambda entry: len(entry[1]))
+    _refuse_other_matrices(model, root)
     paths = [
         name
         for name, module in model.named_modules()
@@ -259,6 +267,27 @@ def block_linear_paths(model: nn.Module, keep: Callable[[str], bool] = lambda pa
     if not paths:
         raise ValueError(f"the blocks of {type(model).__name__} hold no linear layer to adapt")
     return paths
+
+
+def _refuse_other_matrices(model: nn.Module, root: str) -> None:
+    """Raises ValueError where the blocks hold matrices that no linear layer describes, naming one with its module."""
+    others = [
+        (f"{name}.{own_name}", parameter, module)
+        for name, module in model.get_submodule(root).named_modules(prefix=root)
+        if not isinstance(module, nn.Linear)
+        for own_name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    ]
+    if not others:
+        return
+    # Of a mixture of experts the experts say more than the router, which may come first.
+    name, weight, module = max(others, key=lambda other: other[1].dim())
+    shape = " × ".join(map(str, weight.shape))
+    experts = ": a mixture of experts keeps its experts' matrices in one tensor, and" if weight.dim() > 2 else ";"
+    raise ValueError(
+        f"{type(model).__name__} cannot be adapted: its weight '{name}' ({shape}) belongs to {type(module).__name__}, "
+        f"which is no torch.nn.Linear{experts} only linear layers are supported"
+    )
 
 
 def block_of(path: str) -> int:

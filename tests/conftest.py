@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedConfig, Qwen2Config
+from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
 
+from t2app.families import random_model
 from t2app.models import Model, load_model
 
 # Wide enough a spread that the blocks, and what an expert does to them, show in the logits.
@@ -29,16 +29,6 @@ SMALL_CONFIGS = {
     "gpt_neox": GPTNeoXConfig(vocab_size=96, **_SIZES),
     "phi": PhiConfig(vocab_size=96, **_SIZES),
 }
-
-
-def random_model(config: PreTrainedConfig) -> nn.Module:
-    """A frozen model with random weights and random biases, always the same ones."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.normal_(std=0.3)
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from t2app.bench.basis import bench_basis
 from t2app.bench.decode import bench_decode
 from t2app.bench.figure import Figure
 from t2app.bench.first_pass import bench_first_pass
@@ -19,4 +20,5 @@ BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
     "first-pass": bench_first_pass,
     "wordings": bench_wordings,
     "search": bench_search,
+    "basis": bench_basis,
 }
