@@ -126,7 +126,7 @@ class Subject:
         run = model if weights is None else lambda *given, **named: functional_call(model, weights, given, named)
         ids = self.ids.to(model.device)  # the app loads onto a GPU where there is one
         prompt = run(ids[:, :-1], use_cache=True)
-        step = run(ids[:, -1:], past_key_values=prompt.past_key_values)
+        step = run(ids[:, -1:], cache=prompt.past_key_values)
         return torch.cat([prompt.logits, step.logits], dim=1).cpu()
 
     def adapted_logits(self, adapted: SpectralModel, rows: list[Deltas | None]) -> Tensor:
