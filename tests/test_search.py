@@ -22,10 +22,9 @@ from t2app.mixtures import (
     write_mixture,
 )
 from t2app.models import Model, load_model
-from t2app.search import CrossEntropy, MixtureSearch, pick_shots, scorer
+from t2app.search import CrossEntropy, MixtureSearch, pick_shots, recommended, scorer
 from t2app.search.cross_entropy import smoothed
 from t2app.search.scores import Score, log_likelihoods
-from t2app.search.search import recommended
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
 from t2app.tasks.shots import Shots

@@ -7,6 +7,7 @@ from t2app.bench.decode import bench_decode
 from t2app.bench.figure import Figure
 from t2app.bench.first_pass import bench_first_pass
 from t2app.bench.products import bench_products
+from t2app.bench.recommended import bench_recommended
 from t2app.bench.search import bench_search
 from t2app.bench.start import bench_start
 from t2app.bench.training import bench_training
@@ -20,5 +21,6 @@ BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
     "first-pass": bench_first_pass,
     "wordings": bench_wordings,
     "search": bench_search,
+    "recommended": bench_recommended,
     "basis": bench_basis,
 }

@@ -27,9 +27,8 @@ def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
 def recommended(scores: Mapping[Point, Score]) -> Point:
     """The candidate to keep: the one around which the most examples are answered rightly, then the likeliest.
 
-    On ten examples the candidate that is itself the best owes that to luck: on validation examples it did worse than
-    the one recommended here (README, "Who decides"). The likelihood is no such count; where nothing was answered it
-    decides alone.
+    On ten examples the candidate that is the best itself owes much of that to luck; `bench recommended` compares the
+    two. Where nothing was answered the likelihood decides alone.
     """
     right = smoothed({point: score.right for point, score in scores.items()}, _BANDWIDTH)
     return max(scores, key=lambda point: (right[point], scores[point].log_likelihood))
@@ -40,6 +39,9 @@ class MixtureSearch:
 
     The base model and each expert alone are in the first population. The search itself goes by the candidates' own
     scores, as in the paper; what it keeps is `recommended`.
+
+    Attributes:
+        scores: of every candidate so far.
 
     Raises:
         ValueError: the model has no experts, there is no example, or the population has no room for the experts.
@@ -59,7 +61,7 @@ class MixtureSearch:
             )
         self._per_expert = model.identity.blocks if settings.per_layer else 1
         self._score = scorer(settings.score, model, task, shots)
-        self._scores: dict[Point, Score] = {}
+        self.scores: dict[Point, Score] = {}
         self._best: Point | None = None
         self._trace: list[Searched] = []
 
@@ -72,12 +74,12 @@ class MixtureSearch:
         )
         started = time.perf_counter()
         while len(self._trace) < settings.rounds and not method.settled:
-            new = [point for point in dict.fromkeys(method.ask()) if point not in self._scores]
-            mixtures = [mix(self._model.experts, self._weights(point)) for point in new]
-            self._scores |= zip(new, self._score(mixtures) if new else [], strict=True)
-            method.tell(self._scores)
-            self._best = recommended(self._scores)
-            score = self._scores[self._best]
+            new = [point for point in dict.fromkeys(method.ask()) if point not in self.scores]
+            mixtures = [mix(self._model.experts, self.weights(point)) for point in new]
+            self.scores |= zip(new, self._score(mixtures) if new else [], strict=True)
+            method.tell(self.scores)
+            self._best = recommended(self.scores)
+            score = self.scores[self._best]
             self._trace.append(
                 Searched(
                     round=len(self._trace) + 1,
@@ -86,7 +88,7 @@ class MixtureSearch:
                     best=self._by_expert(self._best),
                     right=score.right if settings.score == EXACT else None,
                     log_likelihood=score.log_likelihood,
-                    evaluations=len(self._scores),
+                    evaluations=len(self.scores),
                     seconds=time.perf_counter() - started,
                 )
             )
@@ -101,7 +103,7 @@ class MixtureSearch:
             model=self._model.name,
             fingerprint=self._model.identity.fingerprint,
             experts={expert.name: expert.fingerprint for expert in self._model.experts},
-            weights=self._weights(self._best),
+            weights=self.weights(self._best),
             task=self._task.name,
             shots=len(self._shots),
             score=self._settings.score,
@@ -109,16 +111,16 @@ class MixtureSearch:
             trace=tuple(self._trace),
         )
 
-    @property
-    def _count(self) -> int:
-        return len(self._names)
-
-    def _weights(self, point: Sequence[float]) -> Mapping[str, Alpha]:
+    def weights(self, point: Sequence[float]) -> Mapping[str, Alpha]:
         """A point as α by expert."""
         alphas = np.reshape(point, (self._count, self._per_expert)).tolist()
         return {
             name: row if self._settings.per_layer else row[0] for name, row in zip(self._names, alphas, strict=True)
         }
 
+    @property
+    def _count(self) -> int:
+        return len(self._names)
+
     def _by_expert(self, point: Sequence[float]) -> dict[str, float]:
-        return {name: share(alpha) for name, alpha in self._weights(point).items()}
+        return {name: share(alpha) for name, alpha in self.weights(point).items()}
