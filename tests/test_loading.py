@@ -5,13 +5,13 @@ On small random checkpoints, but for what is promised of the embedded model.
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import random_model
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from t2app.checkpoints import ModelError, cache_folder
 from t2app.decoding import collected, decode
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
+from t2app.families import random_model
 from t2app.machine import fits, memory_bytes
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
@@ -294,7 +295,8 @@ def test_training_in_4bit_is_refused_where_gradients_would_be_lost(tiny_folder):
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_model_split_between_cpu_and_disk_answers_as_the_whole_one(small_model, architecture, precision, tmp_path):
-    small_model(architecture).to(precision).save_pretrained(tmp_path / "checkpoint")
+    # A copy: saving writes the precision into the configuration, which other tests share.
+    deepcopy(small_model(architecture)).to(precision).save_pretrained(tmp_path / "checkpoint")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     places = {name: "cpu" for name, module in whole.named_modules() if not list(module.children())}
     places = {name: "disk" if ".layers.1." in name else place for name, place in places.items()}
