@@ -9,7 +9,9 @@ from t2app.ui import CSS, THEME, build_page
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Transformer²: a language model that adapts itself to the prompt.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name or a local folder")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name, a local folder or a GGUF file of either"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="what the weights are held in")
     parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also serve the page under a public Gradio address")

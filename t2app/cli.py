@@ -1,4 +1,4 @@
-"""The command line: `python -m t2app answer | experts | train | import | ablate | eval | search | families | bench`.
+"""The command line, `python -m t2app`: answer, models, experts, train, import, ablate, eval, search, families, bench.
 
 With `--json` a command prints one JSON object a line on standard output and nothing else there; progress and errors go
 to standard error. Every command ends with exit code 0, or 1 and a sentence.
@@ -16,7 +16,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from t2app import bench
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS, pool_folder
+from t2app.catalogue import (
+    CATALOGUE,
+    DEFAULT_MODEL,
+    HELD_IN,
+    PRECISIONS,
+    classifier_file,
+    expert_files,
+    pool_folder,
+)
 from t2app.categories import CATEGORIES
 from t2app.dispatch import Dispatcher, make_dispatcher
 from t2app.engine import Engine
@@ -33,6 +41,7 @@ from t2app.evaluation import (
 )
 from t2app.experts import mix, save_expert
 from t2app.figures import training_curve
+from t2app.machine import fits
 from t2app.messages import (
     DEFAULT_DISPATCH,
     DISPATCHERS,
@@ -94,6 +103,36 @@ def answer(options: argparse.Namespace) -> None:
             print(event.text, end="", flush=True)
         elif isinstance(event, Finished):
             print(f"\n\nbase model: {event.base}\n\n{event.tokens} tokens, {event.tokens_per_second:.1f} tokens/s")
+
+
+def models(options: argparse.Namespace) -> None:
+    """List the catalogue: what its models are, what they take, and which experts they have."""
+    for entry in CATALOGUE.values():
+        files = [*expert_files(entry.name), classifier_file(entry.name)]
+        row = {
+            "name": entry.name,
+            "title": entry.title,
+            "licence": entry.licence,
+            "gated": entry.gated,
+            "hub_name": entry.hub_name,
+            "parameters": entry.shape.parameters,
+            "download_bytes": entry.download_bytes,
+            "memory_bytes": {precision: entry.memory_bytes(precision) for precision in HELD_IN},
+            "fits": {precision: fits(entry, precision) for precision in HELD_IN},
+            "experts": [file.stem for file in files if file is not None],
+        }
+        if options.json:
+            _print_json(row)
+            continue
+        memory = ", ".join(
+            f"{precision} {size / 1e9:.1f} GB{'' if row['fits'][precision] else ' (does not fit here)'}"
+            for precision, size in row["memory_bytes"].items()
+        )
+        print(
+            f"{entry.name}  {entry.shape.parameters / 1e6:,.0f} M parameters, {entry.licence}"
+            f"{' (gated on the hub)' if entry.gated else ''}, download {entry.download_bytes / 1e9:.1f} GB\n"
+            f"    weights in memory: {memory}\n    experts: {', '.join(row['experts']) or 'none'}"
+        )
 
 
 def experts(options: argparse.Namespace) -> None:
@@ -415,10 +454,13 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name or a local folder")
+    as_json_lines = argparse.ArgumentParser(add_help=False)
+    as_json_lines.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
+    common = argparse.ArgumentParser(add_help=False, parents=[as_json_lines])
+    common.add_argument(
+        "--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name, a local folder or a GGUF file of either"
+    )
     common.add_argument("--precision", choices=PRECISIONS, default="auto", help="what the weights are held in")
-    common.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument(
         "--data", type=Path, metavar="DIR", help=f"benchmark data (default: ${DATA_DIR_VARIABLE}, the hub)"
@@ -443,6 +485,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="P")
     command.add_argument("--seed", type=int, default=Sampling.seed, metavar="N")
     command.set_defaults(run=answer)
+
+    command = commands.add_parser("models", parents=[as_json_lines], help="list the models that have a name here")
+    command.set_defaults(run=models)
 
     command = commands.add_parser("experts", parents=[common], help="list the model's experts")
     command.set_defaults(run=experts)
@@ -543,8 +588,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(flag, type=kind, default=default, help=f"{help_text} ({default})")
     command.set_defaults(run=search)
 
-    command = commands.add_parser("families", help="check which architectures can be adapted, on small random models")
-    command.add_argument("--json", action="store_true", help="print one JSON object a line and nothing else")
+    command = commands.add_parser(
+        "families", parents=[as_json_lines], help="check which architectures can be adapted, on small random models"
+    )
     command.add_argument("--results", type=Path, metavar="FILE", help="also write the table there, as Markdown")
     command.set_defaults(run=families)
 

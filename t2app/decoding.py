@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from t2app.messages import Sampling
-from t2app.spectral import Deltas, SpectralModel
+from t2app.spectral import Deltas, SpectralModel, execution_device
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
 _LEAST_SAVING = 64
@@ -59,7 +59,7 @@ def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequenc
     mixtures = _distinct(mixtures)
     cache = DynamicCache(config=adapted.model.config)
     with adapted.rows(mixtures):
-        _forward(adapted, torch.tensor([ids] * len(mixtures), device=adapted.model.device), None, cache)
+        _forward(adapted, torch.tensor([ids] * len(mixtures), device=_device(adapted)), None, cache)
     return Prefix(len(ids), mixtures, cache)
 
 
@@ -97,7 +97,7 @@ def decode(
         raise ValueError(f"{len(prompts)} prompts came with {len(mixtures)} mixtures; one for each was expected")
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds; one for each was expected")
-    device = adapted.model.device
+    device = _device(adapted)
     starts = [sampling.seed] * len(prompts) if seeds is None else seeds
     choose = _TokenChooser(sampling, [start + sample for start in starts for sample in range(samples)], device)
     stop = set(eos_ids)
@@ -116,9 +116,9 @@ def decode(
         if not kept or step + 1 == sampling.max_new_tokens:
             return
         if len(kept) < len(running):
-            index = torch.tensor(kept, device=device)
+            index = torch.tensor(kept)  # on the CPU: the blocks' caches may lie on several devices
             cache.batch_select_indices(index)
-            mask = mask.index_select(0, index) if mask is not None else None
+            mask = mask[index] if mask is not None else None
             running = [running[i] for i in kept]
             tokens = [tokens[i] for i in kept]
             plan = adapted.plan([mixtures[row] for row in running])
@@ -159,7 +159,7 @@ def answer_log_probabilities(
     """
     samples = len(groups[0])
     answers = [answer for group in groups for answer in group]
-    device = adapted.model.device
+    device = _device(adapted)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
     targets = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(device)
     mask = (torch.arange(targets.shape[1], device=device) < lengths[:, None]).float()
@@ -222,12 +222,17 @@ def _prefill(
             prefix = compute_prefix(adapted, prompts[0][:alike], mixtures)
             prompts = [prompt[alike:] for prompt in prompts]
     cache = DynamicCache(config=adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
-    ids, mask = pad_left(prompts, adapted.model.device)
+    ids, mask = pad_left(prompts, _device(adapted))
     if mask is not None and prefix is not None:
         mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
     with adapted.rows(mixtures):
         logits = _forward(adapted, ids, mask, cache)
     return logits, mask, cache
+
+
+def _device(adapted: SpectralModel) -> torch.device:
+    """Where token ids go."""
+    return execution_device(adapted.model.get_input_embeddings())
 
 
 def _distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:

@@ -4,9 +4,14 @@ The events are the same for the page, the command line, its JSON lines and the t
 of them shows an event.
 """
 
+import gc
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
 
 from t2app.decoding import TextStream, decode
 from t2app.dispatch import Dispatcher, make_dispatcher
@@ -17,19 +22,38 @@ from t2app.search import MixtureSearch
 from t2app.spectral import Deltas
 
 STREAMS = ("base", "adapted")
+_Event = TypeVar("_Event", bound=Event)
 
 
 class PromptError(ValueError):
     """A prompt that cannot be answered; the message is for the person who typed it."""
 
 
+class EngineError(ValueError):
+    """The engine cannot answer now; the message is for the person who asked."""
+
+
 class Engine:
     """Answers prompts with one model, one at a time: a second caller waits until the first stream ends or is closed."""
 
     def __init__(self, model: Model):
-        self.model = model
+        self._model: Model | None = model
         self._dispatchers: dict[str, Dispatcher] = {}
         self._turn = threading.Lock()
+
+    @property
+    def model(self) -> Model:
+        """The model; raises EngineError once the engine is closed."""
+        if self._model is None:
+            raise EngineError("Another model is taking the place of this one; ask again when it is ready.")
+        return self._model
+
+    def close(self) -> None:
+        """Let go of the model, as one of the callers that wait for each other; those behind get an EngineError."""
+        with self._turn:
+            self._model = None
+            self._dispatchers.clear()
+        _free_memory()
 
     def dispatcher(self, name: str, weights: Mapping[str, float] | None = None) -> Dispatcher:
         """See `make_dispatcher`; one that names the prompt's category is kept, since it prepares its question once."""
@@ -46,7 +70,25 @@ class Engine:
 
         Raises:
             PromptError: the prompt is empty, or does not fit the model together with its answer.
+            EngineError: the GPU's memory did not suffice, or the engine was closed.
         """
+        return _freeing_memory(self._answer(prompt, dispatcher, sampling))
+
+    def search(self, search: MixtureSearch) -> Iterator[Searched]:
+        """Run a search, as one of the callers that wait for each other; closing the iterator ends it.
+
+        Raises:
+            EngineError: the GPU's memory did not suffice, or the engine was closed.
+        """
+        return _freeing_memory(self._search(search))
+
+    @contextmanager
+    def _model_in_turn(self) -> Iterator[Model]:
+        """The model, once those who came before are done with it."""
+        with self._turn:
+            yield self.model
+
+    def _answer(self, prompt: str, dispatcher: Dispatcher, sampling: Sampling) -> Iterator[Event]:
         if not prompt.strip():
             raise PromptError("Type a prompt first.")
         ids = self.model.prompt_ids(prompt)
@@ -56,11 +98,11 @@ class Engine:
                 f"The prompt is {len(ids):,} tokens long; with {sampling.max_new_tokens:,} tokens for the answer, "
                 f"{self.model.name} takes at most {room:,}. Shorten the prompt or ask for a shorter answer."
             )
-        with self._turn:
+        with self._model_in_turn() as model:
             started = time.perf_counter()
             decision = dispatcher.decide(prompt)
             seconds = round(time.perf_counter() - started, 4)
-            mixture = mix(self.model.experts, decision.weights)
+            mixture = mix(model.experts, decision.weights)
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -72,9 +114,8 @@ class Engine:
             )
             yield from self._second_pass(ids, mixture, sampling)
 
-    def search(self, search: MixtureSearch) -> Iterator[Searched]:
-        """Run a search, as one of the callers that wait for each other; closing the iterator ends it."""
-        with self._turn:
+    def _search(self, search: MixtureSearch) -> Iterator[Searched]:
+        with self._model_in_turn():
             yield from search.rounds()
 
     def _second_pass(self, ids: list[int], mixture: Deltas | None, sampling: Sampling) -> Iterator[Event]:
@@ -94,3 +135,25 @@ class Engine:
                 yield Token(STREAMS[row], text, counts[row], seconds)
         base, adapted = (stream.text for stream in streams)
         yield Finished(base, adapted, sum(counts), seconds, sum(counts) / seconds)
+
+
+def _freeing_memory(events: Iterator[_Event]) -> Iterator[_Event]:
+    """The same events; where the GPU's memory does not suffice, what they held is freed before the error is raised."""
+    try:
+        yield from events
+        return
+    except torch.OutOfMemoryError:
+        # Left behind here: the error would keep the frames that it came through, and these what did not fit.
+        pass
+    _free_memory()
+    raise EngineError(
+        "The GPU's memory did not suffice; what was computed is freed. Ask for a shorter answer or with a shorter "
+        "prompt, or load the model in 4-bit (--precision 4bit)."
+    )
+
+
+def _free_memory() -> None:
+    """Free what nothing refers to any more, and give the GPUs' share of it back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

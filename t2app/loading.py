@@ -1,47 +1,99 @@
-"""Loading an engine behind a page that is already there."""
+"""Loading an engine behind a page that is already there, and another one in its place."""
 
+import logging
 import threading
 from typing import TYPE_CHECKING
+
+from t2app.catalogue import CATALOGUE, entry_of
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
 
 
+class LoadingError(ValueError):
+    """A model could not be loaded, or can't be chosen; the message is for the person who chose it."""
+
+
 class EngineLoader:
-    """Loads a model in a thread of its own once it is started.
+    """Loads a model in a thread of its own once it is started, and others in its place.
 
     Attributes:
+        model_name: the model that is loaded or being loaded.
+        choices: the models that there is room for: the first one, and those of the catalogue once it is known.
         message, share: what is being done now, and how much of it is done where that is known.
     """
 
     def __init__(self, model_name: str, precision: str):
         self.model_name, self.precision = model_name, precision
+        self.choices: tuple[str, ...] = (model_name,)
         self.message, self.share = "Starting", None
         self._engine: Engine | None = None
-        self._error: Exception | None = None
+        self._failure: str | None = None
         self._done = threading.Event()
+        self._choosing = threading.Lock()
 
     def start(self) -> None:
         threading.Thread(target=self._load, daemon=True).start()
 
+    def switch(self, model_name: str) -> None:
+        """Load another model as soon as the answer that is being written has ended; the former one is freed first.
+
+        Raises:
+            LoadingError: it is none of `choices`, or another one is being loaded at the moment.
+        """
+        with self._choosing:
+            if model_name == self.model_name and self._failure is None:
+                return
+            if not self._done.is_set():
+                raise LoadingError(f"{self.model_name} is still being loaded; choose another model when it is there.")
+            if model_name not in self.choices:
+                raise LoadingError(f"There is no model '{model_name}' to choose; there are {', '.join(self.choices)}.")
+            self.model_name = model_name
+            self._failure = None
+            self._done.clear()
+        self.start()
+
     def engine(self, timeout: float | None = None) -> "Engine | None":
-        """The engine, or None where it is not there after `timeout` seconds; raises what the loading raised."""
-        self._done.wait(timeout)
-        if self._error is not None:
-            raise self._error
+        """The engine, or None where it is not there after `timeout` seconds.
+
+        Raises:
+            LoadingError: the model could not be loaded.
+        """
+        if not self._done.wait(timeout):
+            return None
+        if self._failure is not None:
+            raise LoadingError(self._failure)
         return self._engine
 
     def _load(self) -> None:
         try:
+            if self._engine is not None:
+                self._report("Waiting until no answer is being written", None)
+                self._engine.close()
+                self._engine = None
+            self._report("Starting", None)
             # Imported here and not above: torch and transformers take longer to import than the page takes to be shown.
             from t2app.engine import Engine
             from t2app.models import load_model
 
             self._engine = Engine(load_model(self.model_name, self.precision, progress=self._report))
-        except Exception as error:  # noqa: BLE001  it is raised again by `engine`, where somebody can see it
-            self._error = error
+            self.choices = self._models_that_fit()
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                logging.getLogger(__name__).exception("%s could not be loaded", self.model_name)
+            # `engine` raises it where somebody can see it: the sentence alone, the error would keep what was loaded.
+            self._failure = str(error) or type(error).__name__
         finally:
             self._done.set()
+
+    def _models_that_fit(self) -> tuple[str, ...]:
+        from t2app.machine import fits
+        from t2app.models import resolve_precision
+
+        precision = resolve_precision(self.precision)
+        first = self.choices[0]
+        others = (entry for entry in CATALOGUE.values() if entry is not entry_of(first))
+        return (first, *(entry.name for entry in others if fits(entry, precision)))
 
     def _report(self, message: str, share: float | None) -> None:
         self.message, self.share = message, share

@@ -1,21 +1,32 @@
 """A base model made ready to be adapted: its weights, tokenizer and experts, and a basis for every layer to adapt."""
 
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from accelerate import PartialState
+from safetensors.torch import load, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from t2app.catalogue import DEFAULT_MODEL, EXPERTS_FOLDER, PRECISIONS, classifier_file, expert_files, title_of
+from t2app.catalogue import (
+    DEFAULT_MODEL,
+    EXPERTS_FOLDER,
+    FOUR_BIT,
+    PRECISIONS,
+    classifier_file,
+    expert_files,
+    title_of,
+)
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, WeightsIdentity, load_expert
 from t2app.products import has_bfloat16_arithmetic, use_fast_products
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
+from t2app.weights import CheckpointWeights
 
 
 @dataclass(frozen=True)
@@ -69,42 +80,44 @@ def load_model(
     """Load a model with its tokenizer, its experts and the bases of the layers to adapt.
 
     Args:
-        name: a name of the catalogue, a hub name, or a local folder.
-        precision: fp32, bf16, or auto (see `resolve_precision`).
+        name: a name of the catalogue, a hub name, a local folder, or a GGUF file (a path, or `owner/repository/file`).
+        precision: fp32, bf16, 4bit, or auto (see `resolve_precision`).
         many_rows: whether dozens of rows will be decoded at once, as in training, or only the answers to one prompt.
         layers: says of a layer's path whether to adapt it; None adapts what the model's experts adapt.
 
     Raises:
         ModelError: the model cannot be had or has nothing to adapt.
+        WeightsError: its checkpoint does not hold the full-precision weights.
         ExpertError: one of its experts is not usable.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(precision, device, many_rows)
-    checkpoint, revision = checkpoint_of(name, progress)
-    progress("Loading the model", None)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    precision = resolve_precision(precision, many_rows)
     transformers_logging.disable_progress_bar()
+    checkpoint = checkpoint_of(name, progress)
+    progress("Loading the model", None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **_held_in(precision, processes)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"the model '{name}' cannot be loaded: {error}") from None
     model.requires_grad_(False)
-    title = title_of(name)
-    identity = identity_of(model, title, revision or getattr(model.config, "_commit_hash", None) or "local")
+    weights = CheckpointWeights(checkpoint.folder, model)
+    identity = identity_of(model, weights, title_of(name), checkpoint.revision)
     experts = tuple(load_expert(file, identity) for file in expert_files(name, experts_folder))
     file = classifier_file(name, experts_folder)
     classifier = None if file is None else load_expert(file, identity)
     if layers is None:
         adapted_by_experts = {path for expert in (*experts, classifier) if expert is not None for path in expert.z}
         layers = adapted_by_experts.__contains__
-    bases = _bases(model, identity.fingerprint, [path for path in identity.ranks if layers(path)], progress)
+    paths = [path for path in identity.ranks if layers(path)]
+    bases = _Bases(model, weights, identity.fingerprint, paths, processes.device)
+    bases.prepare(progress)
     use_fast_products(model, cache_folder() / "kernels")
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
     eos = model.generation_config.eos_token_id
     return Model(
-        name=title,
+        name=identity.model,
         precision=precision,
         adapted=SpectralModel(model, bases, many_rows),
         tokenizer=tokenizer,
@@ -116,7 +129,7 @@ def load_model(
     )
 
 
-def resolve_precision(precision: str, device: torch.device, many_rows: bool) -> str:
+def resolve_precision(precision: str, many_rows: bool = False) -> str:
     """What `auto` stands for: bf16, but fp32 for many rows on a CPU without 16-bit arithmetic (`bench products`).
 
     Raises:
@@ -126,33 +139,79 @@ def resolve_precision(precision: str, device: torch.device, many_rows: bool) -> 
         raise ModelError(f"there is no precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
-    return "fp32" if many_rows and device.type == "cpu" and not has_bfloat16_arithmetic() else "bf16"
+    return "fp32" if many_rows and not torch.cuda.is_available() and not has_bfloat16_arithmetic() else "bf16"
 
 
-def identity_of(model: torch.nn.Module, name: str, revision: str) -> WeightsIdentity:
-    """The identity of a model's weights, over all the linear layers of its blocks."""
-    weights = {path: linear_layer(model, path).weight for path in block_linear_paths(model)}
-    ranks = {path: min(weight.shape) for path, weight in weights.items()}
-    return WeightsIdentity(name, revision, fingerprint(weights.items()), ranks)
+def _held_in(precision: str, processes: PartialState) -> dict[str, object]:
+    """What transformers is asked for, to hold a model's weights in a precision, on the GPUs where there are any."""
+    arguments: dict[str, object] = {}
+    if processes.device.type == "cuda":
+        # "auto" spreads a model over all GPUs, and what does not fit there over the host's memory. Of several processes
+        # that train together, each has the whole model on a GPU of its own.
+        arguments["device_map"] = "auto" if processes.num_processes == 1 else {"": processes.device}
+    if precision != FOUR_BIT:
+        return arguments | {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+    # It would advise every user of a CPU to install another package.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return arguments | {"dtype": torch.bfloat16, "quantization_config": four_bit}
 
 
-def _bases(model: torch.nn.Module, identity: str, paths: Iterable[str], progress: Progress) -> dict[str, Basis]:
-    """The basis of every layer in `paths`, from the cache or computed and put there, a file a layer."""
-    folder = cache_folder() / "bases" / identity[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = list(paths)
-    bases = {}
-    for done, path in enumerate(paths):
-        file = folder / f"{path}.safetensors"
-        layer = linear_layer(model, path)
-        edits_input = layer.in_features <= layer.out_features
-        if not file.exists():
-            progress("Computing singular vectors", done / len(paths))
-            basis = basis_of(layer.weight)
+def identity_of(model: torch.nn.Module, weights: CheckpointWeights, name: str, revision: str) -> WeightsIdentity:
+    """The identity of a model's full-precision weights, over all the linear layers of its blocks."""
+    paths = block_linear_paths(model)
+    layers = {path: linear_layer(model, path) for path in paths}
+    ranks = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
+    return WeightsIdentity(name, revision, fingerprint(weights.items(paths)), ranks)
+
+
+class _Bases(Mapping[str, Basis]):
+    """The bases of a model's layers in the cache, a file a layer; one is in memory only while somebody looks at it.
+
+    They are kept in float32: rounded to bfloat16 they would still do for a model in bfloat16, which rounds them itself,
+    but in float32 an edit is exact to a few units in the last places, and with rounded vectors it would not be.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        weights: CheckpointWeights,
+        fingerprint: str,
+        paths: Sequence[str],
+        device: torch.device,
+    ):
+        self._model, self._weights, self._paths, self._device = model, weights, paths, device
+        self._folder = cache_folder() / "bases" / fingerprint[:32]
+
+    def prepare(self, progress: Progress) -> None:
+        """Compute those that are not in the cache; a preparation that is cut off goes on from the layer it was at."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for done, path in enumerate(self._paths):
+            if self._file(path).exists():
+                continue
+            progress("Computing singular vectors", done / len(self._paths))
+            basis = basis_of(self._weights[path].to(self._device))
             # Written beside and renamed: two processes may do the same work, neither ever reads half a file.
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as partial:
+            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".partial", delete=False) as partial:
                 partial.close()
                 save_file({"vectors": basis.vectors, "singular_values": basis.singular_values}, partial.name)
-                os.replace(partial.name, file)
-        bases[path] = Basis(**load_file(file), edits_input=edits_input)
-    return bases
+                os.replace(partial.name, self._file(path))
+
+    def __getitem__(self, path: str) -> Basis:
+        # Read as a whole: a file mapped into memory is read page by page as it is transposed, ten times slower.
+        layer = linear_layer(self._model, path)
+        return Basis(**load(self._file(path).read_bytes()), edits_input=layer.in_features <= layer.out_features)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def _file(self, path: str) -> Path:
+        return self._folder / f"{path}.safetensors"

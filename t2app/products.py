@@ -96,6 +96,8 @@ class FastLinear(nn.Linear):
 def use_fast_products(model: nn.Module, kernel_folder: Path) -> None:
     """Let the linear layers of a bfloat16 model on the CPU multiply by `fast_linear`, where the CPU can (AVX2).
 
+    Layers that are no plain ones, as those of 4-bit, and layers that accelerate offloads stay as they are.
+
     Args:
         kernel_folder: where the compiled kernel is kept.
     """
@@ -105,7 +107,7 @@ def use_fast_products(model: nn.Module, kernel_folder: Path) -> None:
     if not _load_kernel(kernel_folder):
         return
     for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
             model.set_submodule(path, FastLinear(layer))
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,18 +105,25 @@ class RowDeltas(NamedTuple):
 class SpectralLinear(nn.Module):
     """A linear layer with the edit of this module beside it; the layer itself stays whole under `base`.
 
+    The edit happens where the layer computes, which for a layer that accelerate offloads is not where its weight lies.
+
     Args:
         many_rows: keep the weight in the basis too, a second copy of it, for batches in which every row is edited.
     """
 
-    def __init__(self, base: nn.Module, basis: Basis, dtype: torch.dtype, device: torch.device, many_rows: bool):
+    def __init__(self, base: nn.Module, basis: Basis, dtype: torch.dtype, many_rows: bool):
         super().__init__()
         self.base = base
         self.edits_input = basis.edits_input
         self.singular_values = basis.singular_values
         self._edited = fast_edited if isinstance(base, FastLinear) else edited
+        device = execution_device(base)
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
         self.register_buffer("in_basis", self._weight_in_basis() if many_rows else None, persistent=False)
+        # Of an offloaded layer the bias is there only while the layer runs, and the edit of an output comes after.
+        with align_module_device(base):
+            bias = None if base.bias is None else base.bias.detach()
+            self.register_buffer("bias", bias, persistent=False)
         self.rows: RowDeltas | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,16 +139,16 @@ class SpectralLinear(nn.Module):
             return self._by_factors(x, 1 + delta)
         if self.edits_input:
             return self.base(self._edited(x, rows, self.vectors, delta))
-        return self._edited(self.base(x), rows, self.vectors, delta, self.base.bias)
+        return self._edited(self.base(x), rows, self.vectors, delta, self.bias)
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
         """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""
         coordinates = F.linear(x, self.vectors if self.edits_input else self.in_basis) * z[:, None, :]
         coordinates = coordinates.to(x.dtype)  # (rows, tokens, rank)
         if self.edits_input:
-            return F.linear(coordinates, self.in_basis, self.base.bias)
+            return F.linear(coordinates, self.in_basis, self.bias)
         y = coordinates @ self.vectors
-        return y if self.base.bias is None else y + self.base.bias
+        return y if self.bias is None else y + self.bias
 
     def _weight_in_basis(self) -> Tensor:
         """WV (out_features, rank), or UᵀW (rank, in_features), in the weight's own precision."""
@@ -173,12 +182,17 @@ class SpectralModel:
             # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
             copied = many_rows and has_products_of_many_rows(layer.weight)
-            self.layers[path] = SpectralLinear(layer, basis, dtype, layer.weight.device, copied)
+            self.layers[path] = SpectralLinear(layer, basis, dtype, copied)
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """New z − 1 (rank,) of every layer in float32, all 0: as a mixture, the model as it is."""
+        """New z − 1 (rank,) of every layer in float32, all 0: as a mixture, the model as it is.
+
+        Raises:
+            ValueError: the layers compute no gradient.
+        """
+        require_gradients(self.model)
         return {
             path: nn.Parameter(torch.zeros(len(layer.vectors), device=layer.vectors.device))
             for path, layer in self.layers.items()
@@ -227,6 +241,22 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     together = last - first + 1 == len(adapted)
     rows = slice(first, last + 1) if together else torch.tensor(adapted, device=device)
     return RowDeltas(len(deltas), rows, delta.to(device, torch.float32))
+
+
+def require_gradients(model: nn.Module) -> None:
+    """Raises ValueError where a gradient would be lost: bitsandbytes' products on a CPU, once packed, have none."""
+    packed = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.uint8)
+    if any(execution_device(layer).type == "cpu" for layer in packed):
+        raise ValueError("4-bit layers give no gradient on a CPU: train with --precision bf16 or fp32, or on a GPU")
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters lie, or where accelerate moves them to while it runs."""
+    attached = getattr(module, "_hf_hook", None)
+    for hook in getattr(attached, "hooks", [attached]):
+        if isinstance(hook, AlignDevicesHook) and hook.execution_device is not None:
+            return torch.device(hook.execution_device)
+    return next(module.parameters()).device
 
 
 def linear_layer(model: nn.Module, path: str) -> nn.Linear:

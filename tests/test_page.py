@@ -239,3 +239,39 @@ def test_same_path_answers_a_program(url):
     final = job.result(timeout=120)
     assert len(job.outputs()) > 3
     assert any("19" in str(value) for value in final)
+
+
+def choose_model(page: Page, name: str) -> None:
+    page.locator("#model input").click()
+    page.get_by_role("option", name=name).click()
+
+
+def test_another_model_is_chosen_and_brings_its_own_experts(browser, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "small-random")
+    with served_app("--model", str(folder)) as app:
+        opened = browser.new_page(viewport={"width": 1280, "height": 1000})
+        opened.set_default_timeout(PATIENCE_MS)
+        opened.goto(app.url)
+        status, weight = opened.locator("#status"), opened.locator("#weight-math")
+        expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(weight).not_to_be_visible()
+        ask(opened, SUM)
+        wait_until_finished(opened)
+        assert text(opened, "base") == text(opened, "adapted")
+        choose_model(opened, "SmolLM2-135M-Instruct")
+        expect(opened.locator("#base")).to_be_empty()
+        expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(weight).to_be_visible()
+        ask(opened, SUM)
+        expect(status).to_contain_text("Detected task: math")
+        wait_until_finished(opened)
+        assert "19" in text(opened, "adapted")
+        folder.rename(folder.with_name("away"))
+        choose_model(opened, "small-random")
+        expect(status).to_contain_text("⚠️ The model could not be loaded: the model", timeout=PATIENCE_MS)
+        choose_model(opened, "SmolLM2-135M-Instruct")
+        expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
+        ask(opened, SUM)
+        wait_until_finished(opened)
+        assert "19" in text(opened, "adapted")
+        opened.close()

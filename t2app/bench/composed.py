@@ -15,7 +15,15 @@ class Factors(NamedTuple):
 
 
 def factors_of(weight: Tensor) -> Factors:
-    """The factors of a weight (out, in)."""
+    """The factors of a weight (out, in).
+
+    Raises:
+        ValueError: it is packed, and no W' can be written into it.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(
+            "the authors' way writes into the weights, which in 4-bit are packed; measure it with --precision bf16"
+        )
     u, s, vt = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     return Factors(u.to(weight.dtype), s, vt.to(weight.dtype))
 

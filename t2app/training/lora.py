@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from t2app.evaluation import Accuracy
 from t2app.experts import Measurement, card
 from t2app.models import Model
+from t2app.spectral import require_gradients
 from t2app.training.trainer import Trainer
 
 _ADAPTER, _NO_ADAPTER = "default", "__base__"
@@ -30,11 +31,15 @@ class LoraModel:
         model: its linear layers named by `paths` get a LoRA of this rank beside them, which starts without effect.
         seed: of the matrices that start at random.
 
+    Raises:
+        ValueError: the model's layers compute no gradient.
+
     Attributes:
         layers: those that have a LoRA.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str], rank: int, seed: int):
+        require_gradients(model)
         self.model = model
         self.config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(paths))
         torch.manual_seed(seed)

@@ -4,13 +4,13 @@ Which dispatch decides is the choice in the settings, and nowhere else: moving a
 under the sliders gives the choice back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import gradio as gr
 
-from t2app.catalogue import expert_files
+from t2app.catalogue import CATALOGUE, expert_files
 from t2app.categories import CLASSIFIER
 from t2app.figures import change_map, mixture_bars, probability_bars, search_trace
 from t2app.loading import EngineLoader
@@ -48,16 +48,39 @@ _DISPATCH_TITLES = {
 
 @dataclass(frozen=True)
 class AnswerTab:
-    """What the rest of the page needs of this tab."""
+    """What the rest of the page needs of this tab.
+
+    Attributes:
+        sliders: one for every expert that any model to choose has, by the expert's name; the model's own are visible.
+        answers: what shows the last answer and what is known of it.
+    """
 
     status: gr.Markdown
     facts: gr.Markdown
     dispatch: gr.Radio
+    bars: gr.Plot
+    sliders: dict[str, gr.Slider]
+    answers: tuple[gr.components.Component, ...]
+
+    @property
+    def of_model(self) -> list[gr.components.Component]:
+        """What depends on the model; `show_model` updates it."""
+        return [self.dispatch, self.bars, *self.sliders.values()]
+
+    def show_model(self, model_name: str) -> list:
+        """Updates of `of_model` that show another model's experts and mixtures."""
+        experts = _experts(model_name)
+        return [
+            gr.update(choices=dispatch_choices(model_name), value=DEFAULT_DISPATCH),
+            mixture_bars(dict.fromkeys(experts, 0.0)),
+            *(gr.update(value=0, visible=name in experts) for name in self.sliders),
+        ]
 
 
 def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     """Lay the tab out and wire it, within the Blocks that are open."""
-    experts = [file.stem for file in expert_files(loader.model_name)]
+    experts = _experts(loader.model_name)
+    all_experts = dict.fromkeys(name for model in (loader.model_name, *CATALOGUE) for name in _experts(model))
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, placeholder="Ask something…", autofocus=True)
     gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
     with gr.Row():
@@ -80,10 +103,18 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
             base = gr.Markdown(elem_id="base", buttons=["copy"], line_breaks=True)
             base_statistics = gr.Markdown(elem_id="base-statistics")
     with gr.Group():
-        sliders = [
-            gr.Slider(0, 1, value=0, step=0.01, label=f"Weight of the expert “{name}”", elem_id=f"weight-{name}")
-            for name in experts
-        ]
+        sliders = {
+            name: gr.Slider(
+                0,
+                1,
+                value=0,
+                step=0.01,
+                label=f"Weight of the expert “{name}”",
+                elem_id=f"weight-{name}",
+                visible=name in experts,
+            )
+            for name in all_experts
+        }
         give_back = gr.Button("Let the dispatch decide the weights", size="sm", elem_id="give-back")
     # Not in an accordion: a plot that is updated in one that is closed stays empty (Gradio 6.31).
     changes = gr.Plot(change_map({}), label="Where the model changed", elem_id="changes")
@@ -103,22 +134,27 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the draws where the temperature is not 0")
         facts = gr.Markdown("The model is loading.", elem_id="facts")
 
-    shown = [status, bars, reasons, changes, adapted, adapted_statistics, base, base_statistics, *sliders]
+    answers = (adapted, adapted_statistics, base, base_statistics)
     run = gr.on(
         [answer.click, prompt.submit],
-        partial(_answer, loader),
-        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders],
-        outputs=[answer, stop, *shown],
+        partial(_answer, loader, list(sliders)),
+        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders.values()],
+        outputs=[answer, stop, status, bars, reasons, changes, *answers, *sliders.values()],
         api_name="answer",
         show_progress="hidden",
         trigger_mode="once",
         concurrency_limit=1,
     )
     stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
-    for slider in sliders:
+    for slider in sliders.values():
         slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
     give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
-    return AnswerTab(status, facts, dispatch)
+    return AnswerTab(status, facts, dispatch, bars, sliders, answers)
+
+
+def _experts(model_name: str) -> list[str]:
+    """The names of a model's experts, known before it is loaded."""
+    return [file.stem for file in expert_files(model_name)]
 
 
 def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
@@ -129,6 +165,7 @@ def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
 
 def _answer(
     loader: EngineLoader,
+    experts: Sequence[str],
     prompt: str,
     dispatch: str,
     max_new_tokens: int,
@@ -138,7 +175,7 @@ def _answer(
     *weights: float,
 ) -> Iterator[list]:
     """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
-    page = _AnswerView(len(weights))
+    page = _AnswerView(experts)
     try:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
@@ -146,8 +183,10 @@ def _answer(
             )
         yield page.running("Reading the prompt…")
         engine = loader.engine()
-        names = [expert.name for expert in engine.model.experts]
-        by_hand = dict(zip(names, weights, strict=True)) if dispatch == MANUAL else None
+        # Another window of this page may have chosen another model meanwhile: only its own experts take part.
+        names = {expert.name for expert in engine.model.experts}
+        given = {name: weight for name, weight in zip(experts, weights, strict=True) if name in names}
+        by_hand = given if dispatch == MANUAL else None
         dispatcher = engine.dispatcher(dispatch, by_hand)
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
         for event in engine.answer(prompt, dispatcher, sampling):
@@ -159,8 +198,8 @@ def _answer(
 class _AnswerView:
     """What the page shows of an answer so far; each method returns the updates of one moment, in the outputs' order."""
 
-    def __init__(self, sliders: int):
-        self._sliders = sliders
+    def __init__(self, experts: Sequence[str]):
+        self._experts = experts
         self._texts = {"adapted": "", "base": ""}
 
     def running(self, status: str) -> list:
@@ -177,7 +216,7 @@ class _AnswerView:
             bars=mixture_bars(event.weights),
             reasons=_reasons(event),
             changes=change_map(event.changes),
-            sliders=list(event.weights.values()),
+            weights=event.weights,
             **cleared,
         )
 
@@ -189,13 +228,18 @@ class _AnswerView:
             return self._update(**{event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics})
         return self._update(running=False, adapted=event.adapted, base=event.base)
 
-    def _update(self, running: bool | None = None, sliders: list[float] | None = None, **values) -> list:
+    def _update(self, running: bool | None = None, weights: Mapping[str, float] | None = None, **values) -> list:
         named = ("status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base", "base_statistics")
         return [
             *run_buttons(running),
             *(values.get(name, gr.skip()) for name in named),
-            *(sliders or [gr.skip()] * self._sliders),
+            *(gr.skip() if weights is None else _slider(weights.get(name)) for name in self._experts),
         ]
+
+
+def _slider(weight: float | None) -> dict:
+    """The update of a slider; the model has no expert for one that has no weight."""
+    return gr.update(value=weight or 0, visible=weight is not None)
 
 
 def _reasons(event: Dispatched) -> object:

@@ -1,14 +1,14 @@
 """The page as a whole: its looks, its tabs, and the wait for the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from t2app.catalogue import CATALOGUE
-from t2app.loading import EngineLoader
-from t2app.ui.answer import build_answer_tab, dispatch_choices
+from t2app.catalogue import CATALOGUE, entry_of, title_of
+from t2app.loading import EngineLoader, LoadingError
+from t2app.ui.answer import AnswerTab, build_answer_tab
 from t2app.ui.search import build_search_tab
 
 if TYPE_CHECKING:
@@ -31,22 +31,37 @@ CSS = """
 def build_page(loader: EngineLoader) -> gr.Blocks:
     """The whole page, over an engine that may still be loading."""
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown(
-            f"# {TITLE}\nA language model that adapts itself to your prompt while you watch: a first pass sees what "
-            "the prompt asks for and mixes experts, a second pass answers, adapted and as it was, side by side."
-        )
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                gr.Markdown(
+                    f"# {TITLE}\nA language model that adapts itself to your prompt while you watch: a first pass sees "
+                    "what the prompt asks for and mixes experts, a second pass answers, adapted and as it was, side by "
+                    "side."
+                )
+            with gr.Column(scale=2, min_width=300):
+                model = gr.Dropdown(
+                    _model_choices([loader.model_name]),
+                    value=loader.model_name,
+                    label="Model",
+                    interactive=False,
+                    filterable=False,
+                    elem_id="model",
+                )
         with gr.Tab("Answer"):
             answer_tab = build_answer_tab(loader)
         with gr.Tab("Search a mixture"):
             build_search_tab(loader, answer_tab.dispatch)
         page.load(
-            lambda: gr.update(choices=dispatch_choices(loader.model_name)),
-            outputs=answer_tab.dispatch,
+            partial(_watch_loading, loader, answer_tab),
+            outputs=[model, answer_tab.status, answer_tab.facts, *answer_tab.of_model],
+            show_progress="hidden",
+            concurrency_limit=None,
             api_visibility="private",
         )
-        page.load(
-            partial(_watch_loading, loader),
-            outputs=[answer_tab.status, answer_tab.facts],
+        model.select(
+            partial(_switch, loader, answer_tab),
+            inputs=model,
+            outputs=[model, answer_tab.status, answer_tab.facts, *answer_tab.of_model, *answer_tab.answers],
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
@@ -54,15 +69,48 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
     return page
 
 
-def _watch_loading(loader: EngineLoader) -> Iterator[tuple[str, str]]:
-    """Say what the loading is doing until the engine is there, then what is known of the model."""
+def _watch_loading(loader: EngineLoader, tab: AnswerTab) -> Iterator[list]:
+    """Updates of model, status, facts and what depends on the model, until it is there or could not be had."""
+    same = [gr.skip()] * len(tab.of_model)
+    name = loader.model_name
+    shown = gr.update(choices=_model_choices(dict.fromkeys((*loader.choices, name))), value=name, interactive=False)
+    yield [shown, f"{loader.message}…", gr.skip(), *tab.show_model(name)]
     try:
         while (engine := loader.engine(timeout=_LOAD_POLL_SECONDS)) is None:
             share = "" if loader.share is None else f" {loader.share:.0%}"
-            yield f"{loader.message}…{share}", gr.skip()
-        yield "Ready.", _facts(engine)
+            yield [gr.skip(), f"{loader.message}…{share}", gr.skip(), *same]
+        shown = gr.update(choices=_model_choices(loader.choices), interactive=True)
+        yield [shown, "Ready.", _facts(engine), *same]
     except Exception as error:  # noqa: BLE001  whatever it was, the person who waits for it must see it
-        yield f"⚠️ The model could not be loaded: {error}", f"No model: {error}"
+        # None is chosen, so that any of them can be, this one again too.
+        shown = gr.update(choices=_model_choices(loader.choices), value=None, interactive=True)
+        yield [shown, f"⚠️ The model could not be loaded: {error}", f"No model: {error}", *same]
+
+
+def _switch(loader: EngineLoader, tab: AnswerTab, model_name: str) -> Iterator[list]:
+    """Load another model in place of the one that answers, and show what is being done."""
+    kept = [gr.skip()] * len(tab.answers)
+    try:
+        loader.switch(model_name)
+    except LoadingError as error:
+        yield [loader.model_name, f"⚠️ {error}", gr.skip(), *[gr.skip()] * len(tab.of_model), *kept]
+        return
+    # The answers that stand there are the former model's.
+    for number, updates in enumerate(_watch_loading(loader, tab)):
+        yield [*updates, *(kept if number else [""] * len(tab.answers))]
+
+
+def _model_choices(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Models with what they are called on the page."""
+    return [(_model_title(name), name) for name in names]
+
+
+def _model_title(name: str) -> str:
+    entry = entry_of(name)
+    if entry is None:
+        return title_of(name)
+    gated = ", for those who have accepted its licence" if entry.gated else ""
+    return f"{entry.title} ({entry.licence}{gated}, download {entry.download_bytes / 1e9:.1f} GB)"
 
 
 def _facts(engine: "Engine") -> str:

@@ -1,0 +1,22 @@
+"""What this machine has room for: the one place that decides whether a model fits."""
+
+import psutil
+import torch
+
+from t2app.catalogue import CatalogueEntry
+
+# Beside the weights there are bases, caches and what a step computes.
+_ROOM_OVER_WEIGHTS = 1.25
+
+
+def memory_bytes() -> int:
+    """The memory that a model can have: of all GPUs, or of the host without one; what we hold now counts as free."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    devices = range(torch.cuda.device_count())
+    return sum(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in devices)
+
+
+def fits(entry: CatalogueEntry, precision: str) -> bool:
+    """Whether a model of the catalogue, held in one of `catalogue.HELD_IN`, can be used on this machine."""
+    return _ROOM_OVER_WEIGHTS * entry.memory_bytes(precision) <= memory_bytes()
