@@ -7,15 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import logging as transformers_logging
 
 from t2app.catalogue import DEFAULT_MODEL, EXPERTS_FOLDER, PRECISIONS, classifier_file, expert_files, title_of
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, WeightsIdentity, load_expert
+from t2app.pictures import PictureError
 from t2app.products import has_bfloat16_arithmetic, use_fast_products
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
+from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class Model:
         classifier: the classification expert, which only the first pass asks; None where there is none.
         eos_ids: token ids that end a turn.
         context_length: tokens that prompt and answer may have together.
+        processor: of pictures and prompts; None where the model takes no pictures.
     """
 
     name: str
@@ -40,6 +52,7 @@ class Model:
     classifier: Expert | None
     eos_ids: tuple[int, ...]
     context_length: int
+    processor: ProcessorMixin | None = None
 
     @property
     def pool(self) -> tuple[Expert, ...]:
@@ -52,10 +65,22 @@ class Model:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user's prompt in the model's chat template, up to where the answer begins."""
+        if self.processor is not None:
+            return chat_inputs(self.processor, prompt, None)[0]
         if self.tokenizer.chat_template is None:
             return self.tokenizer(prompt)["input_ids"]
         messages = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def picture_prompt(self, prompt: str, image: Image) -> tuple[list[int], PictureInputs]:
+        """Token ids of a user's prompt with a picture before it, and what else the model takes of the picture.
+
+        Raises:
+            PictureError: the model takes no pictures, or the prompt's text holds what stands for one.
+        """
+        if self.processor is None:
+            raise PictureError(f"{self.name} takes no pictures; ask without one, or choose a vision-language model")
+        return chat_inputs(self.processor, prompt, image)
 
 
 def load_model(
@@ -85,10 +110,17 @@ def load_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint)
+        kind = AutoModelForImageTextToText if takes_pictures(config) else AutoModelForCausalLM
+        model = kind.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        processor = load_processor(checkpoint, config) if takes_pictures(config) else None
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint) if processor is None else processor.tokenizer
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"the model '{name}' cannot be loaded: {error}") from None
+    if processor is not None:
+        check_kind(model)
     model.requires_grad_(False)
     title = title_of(name)
     identity = identity_of(model, title, revision or getattr(model.config, "_commit_hash", None) or "local")
@@ -112,7 +144,8 @@ def load_model(
         experts=experts,
         classifier=classifier,
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        context_length=model.config.max_position_embeddings,
+        context_length=model.config.get_text_config().max_position_embeddings,
+        processor=processor,
     )
 
 
@@ -129,9 +162,13 @@ def resolve_precision(precision: str, device: torch.device, many_rows: bool) -> 
     return "fp32" if many_rows and device.type == "cpu" and not has_bfloat16_arithmetic() else "bf16"
 
 
-def identity_of(model: torch.nn.Module, name: str, revision: str) -> WeightsIdentity:
-    """The identity of a model's weights, over all the linear layers of its blocks."""
-    weights = {path: linear_layer(model, path).weight for path in block_linear_paths(model)}
+def identity_of(model: PreTrainedModel, name: str, revision: str) -> WeightsIdentity:
+    """The identity of a model's weights, over all the linear layers of its blocks: of its language tower's, if it has
+    others.
+    """
+    tower = model.get_decoder()
+    paths = block_linear_paths(model, within=next(path for path, module in model.named_modules() if module is tower))
+    weights = {path: linear_layer(model, path).weight for path in paths}
     ranks = {path: min(weight.shape) for path, weight in weights.items()}
     return WeightsIdentity(name, revision, fingerprint(weights.items()), ranks)
 

@@ -211,13 +211,23 @@ def linear_layer(model: nn.Module, path: str) -> nn.Linear:
     return layer
 
 
-def block_linear_paths(model: nn.Module, keep: Callable[[str], bool] = lambda path: True) -> list[str]:
+def block_linear_paths(
+    model: nn.Module, keep: Callable[[str], bool] = lambda path: True, within: str = ""
+) -> list[str]:
     """Paths of the linear layers inside the model's blocks (the longest list of modules), in the model's order.
+
+    Args:
+        within: path of the part of the model whose blocks are meant; all of it by default.
 
     Raises:
         ValueError: the model has no list of blocks, or no linear layer in it.
     """
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = f"{within}." if within else ""
+    blocks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.startswith(inside) and isinstance(module, nn.ModuleList)
+    ]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no list of blocks to adapt")
     root, _ = max(blocks, key=lambda item: len(item[1]))

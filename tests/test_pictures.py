@@ -1,0 +1,197 @@
+"""Pictures beside prompts, on small random models of three classes: decoding against transformers' own `generate`."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from vision_models import VISION_CLASSES
+
+from t2app.decoding import collected, decode
+from t2app.messages import Sampling
+from t2app.models import Model, load_model
+from t2app.pictures import PictureError, read_picture
+from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
+
+QUESTION = "What is in this picture?"
+GREEDY = Sampling(max_new_tokens=12)
+
+
+def drawing(size: tuple[int, int] = (90, 60)) -> Image.Image:
+    """A real picture: a shape on a gradient."""
+    picture = Image.linear_gradient("L").resize(size).convert("RGB")
+    ImageDraw.Draw(picture).ellipse((10, 10, size[0] // 2, size[1] - 10), fill="red", outline="blue", width=3)
+    return picture
+
+
+@pytest.fixture(scope="module", params=VISION_CLASSES)
+def folder(request, vision_folder) -> str:
+    return str(vision_folder(request.param))
+
+
+@pytest.fixture(scope="module")
+def seeing(folder, tmp_path_factory) -> Model:
+    """A vision-language model with all linear layers of its language tower adapted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("T2_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return load_model(folder, precision="fp32", layers=lambda path: True)
+
+
+def plain_model(folder: str) -> nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(folder).eval()
+
+
+def mixture_of(model: Model) -> Deltas:
+    generator = torch.Generator().manual_seed(0)
+    layers = model.adapted.layers.items()
+    return {path: 0.5 * torch.randn(len(layer.vectors), generator=generator) for path, layer in layers}
+
+
+def write_into_weights(model: nn.Module, mixture: Deltas) -> None:
+    """The weights as the method defines them: W' = U diag(σ ⊙ z) Vᵀ."""
+    with torch.no_grad():
+        for path, delta in mixture.items():
+            weight = model.get_submodule(path).weight
+            u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+            weight.copy_((u * (sigma * (1 + delta.double()))) @ vt)
+
+
+def generate(model: nn.Module, ids: list[int], picture: Mapping[str, torch.Tensor] | None = None) -> list[int]:
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=GREEDY.max_new_tokens,
+            do_sample=False,
+            **(picture or {}),
+        )
+    return output[0, len(ids) :].tolist()
+
+
+def answers(model: Model, ids: list[int], mixtures: list[Deltas | None], picture=None) -> list[list[int]]:
+    rows = [ids] * len(mixtures)
+    return collected(decode(model.adapted, rows, mixtures, GREEDY, model.eos_ids, picture=picture))
+
+
+def test_rows_with_a_picture_are_what_generate_gives_of_the_plain_and_of_the_written_weights(seeing, folder):
+    ids, picture = seeing.picture_prompt(QUESTION, drawing())
+    mixture = mixture_of(seeing)
+    base, adapted = answers(seeing, ids, [None, mixture], picture)
+    reference = plain_model(folder)
+    assert base == generate(reference, ids, picture)
+    write_into_weights(reference, mixture)
+    assert adapted == generate(reference, ids, picture)
+    assert base != adapted
+
+
+def test_picture_matters_and_its_size_too(seeing):
+    rows = []
+    for image in (drawing(), Image.effect_noise((90, 60), 90), drawing((60, 120))):
+        ids, picture = seeing.picture_prompt(QUESTION, image)
+        rows.append(tuple(answers(seeing, ids, [None], picture)[0]))
+    assert len(set(rows)) == 3
+
+
+def test_language_tower_is_adapted_and_every_other_module_is_the_one_that_was_there(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
+    plain = load_model(folder, precision="fp32", layers=lambda path: False).adapted.model
+    before = dict(plain.named_modules())
+    tower = plain.get_decoder()
+    inside = next(path for path, module in before.items() if module is tower)
+    adapted = load_model(folder, precision="fp32", layers=lambda path: True)
+    assert len(adapted.adapted.layers) == 2 * 7 == len(adapted.identity.ranks)
+    assert all(path.startswith(f"{inside}.layers.") for path in adapted.adapted.layers)
+    outside = {path: module for path, module in before.items() if not path.startswith(inside)}
+    assert any("vision" in path or "visual" in path for path in outside)
+    SpectralModel(plain, {path: basis_of(linear_layer(plain, path).weight) for path in adapted.adapted.layers})
+    after = dict(plain.named_modules())
+    assert all(after[path] is module for path, module in outside.items())
+
+
+def test_prompt_without_a_picture_is_answered_as_by_generate_even_between_tokens_of_one_with_a_picture(seeing, folder):
+    ids, picture = seeing.picture_prompt(QUESTION, drawing())
+    words = seeing.prompt_ids("Why is the sky blue?")
+    mixture = mixture_of(seeing)
+    reference = plain_model(folder)
+    alone = answers(seeing, ids, [None, mixture], picture)
+    assert answers(seeing, words, [None])[0] == generate(reference, words)
+    seen = decode(seeing.adapted, [ids, ids], [None, mixture], GREEDY, seeing.eos_ids, picture=picture)
+    read = decode(seeing.adapted, [words], [None], GREEDY, seeing.eos_ids)
+    turns = list(zip(seen, read, strict=False))
+    assert [turn[1][0] for turn in turns] == generate(reference, words)[: len(turns)]
+    for row, tokens in enumerate(alone):
+        assert [turn[0][row] for turn in turns if row in turn[0]] == tokens[: len(turns)]
+
+
+def test_row_that_ends_leaves_the_other_as_it_is(seeing):
+    ids, picture = seeing.picture_prompt(QUESTION, drawing())
+    mixtures = [None, mixture_of(seeing)]
+    base, adapted = answers(seeing, ids, mixtures, picture)
+    end = next(token for token in base if token not in adapted)
+    rows: list[list[int]] = [[], []]
+    for step in decode(seeing.adapted, [ids, ids], mixtures, GREEDY, [end], picture=picture):
+        for row, token in step.items():
+            rows[row].append(token)
+    assert rows == [base[: base.index(end) + 1], adapted]
+
+
+def test_vision_tower_sees_a_picture_once_whatever_the_number_of_rows(seeing):
+    ids, picture = seeing.picture_prompt(QUESTION, drawing())
+    [tower] = [
+        module
+        for path, module in seeing.adapted.model.named_modules()
+        if path in ("model.vision_model", "model.visual", "model.vision_tower")
+    ]
+    passes = []
+    hook = tower.register_forward_hook(lambda *_: passes.append(1))
+    answers(seeing, ids, [None, mixture_of(seeing), None], picture)
+    hook.remove()
+    assert passes == [1]
+
+
+def test_prompt_that_holds_the_sign_of_a_picture_is_refused(seeing):
+    with pytest.raises(PictureError, match="which stands for a picture; leave it out"):
+        seeing.picture_prompt(f"Look: {seeing.processor.image_token}", drawing())
+
+
+def test_prompts_that_differ_cannot_carry_one_picture(seeing):
+    ids, picture = seeing.picture_prompt(QUESTION, drawing())
+    with pytest.raises(ValueError, match="a picture belongs to one prompt"):
+        next(decode(seeing.adapted, [ids, ids[1:]], [None, None], GREEDY, seeing.eos_ids, picture=picture))
+
+
+def test_model_that_takes_no_pictures_says_so(tiny):
+    with pytest.raises(PictureError, match="tiny takes no pictures; ask without one, or choose a vision-language"):
+        tiny.picture_prompt(QUESTION, drawing())
+
+
+def test_picture_is_read_upright_in_rgb_and_on_white(tmp_path):
+    turned = drawing().getexif()
+    turned[0x0112] = 6  # the camera was held sideways
+    drawing().save(tmp_path / "turned.jpg", exif=turned)
+    assert read_picture(tmp_path / "turned.jpg").size == (60, 90)
+    Image.new("LA", (4, 4), (0, 0)).save(tmp_path / "clear.png")
+    assert read_picture((tmp_path / "clear.png").read_bytes()).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "there is no picture file .*picture.png"),
+        (b"hello", "picture.png cannot be read as a picture .*; a PNG, JPEG or WebP is one"),
+        (b"", "picture.png cannot be read as a picture"),
+        ("cut", "picture.png cannot be read as a picture"),
+    ],
+    ids=["missing", "text", "empty", "cut off"],
+)
+def test_file_that_is_no_picture_is_refused_with_a_sentence(tmp_path, content, sentence):
+    file = tmp_path / "picture.png"
+    if content == "cut":
+        drawing().save(file)
+        content = file.read_bytes()[:200]
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(PictureError, match=sentence):
+        read_picture(file)
