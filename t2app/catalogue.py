@@ -6,6 +6,10 @@ from pathlib import Path
 from t2app.categories import CLASSIFIER
 
 PRECISIONS = ("auto", "fp32", "bf16")
+EXPERTS_OF_HELP = (
+    "take the experts of another model that has the same layers, as the text model that a vision-language model is "
+    "built on (default: the model's own)"
+)
 EXPERTS_FOLDER = Path(__file__).resolve().parent.parent / "experts"
 
 

@@ -11,11 +11,12 @@ class EngineLoader:
     """Loads a model in a thread of its own once it is started.
 
     Attributes:
+        experts_of: the model whose experts it takes, None where they are its own.
         message, share: what is being done now, and how much of it is done where that is known.
     """
 
-    def __init__(self, model_name: str, precision: str):
-        self.model_name, self.precision = model_name, precision
+    def __init__(self, model_name: str, precision: str, experts_of: str | None = None):
+        self.model_name, self.precision, self.experts_of = model_name, precision, experts_of
         self.message, self.share = "Starting", None
         self._engine: Engine | None = None
         self._error: Exception | None = None
@@ -37,7 +38,8 @@ class EngineLoader:
             from t2app.engine import Engine
             from t2app.models import load_model
 
-            self._engine = Engine(load_model(self.model_name, self.precision, progress=self._report))
+            model = load_model(self.model_name, self.precision, progress=self._report, experts_of=self.experts_of)
+            self._engine = Engine(model)
         except Exception as error:  # noqa: BLE001  it is raised again by `engine`, where somebody can see it
             self._error = error
         finally:

@@ -20,9 +20,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from t2app.catalogue import DEFAULT_MODEL, EXPERTS_FOLDER, PRECISIONS, classifier_file, expert_files, title_of
+from t2app.catalogue import (
+    DEFAULT_MODEL,
+    EXPERTS_FOLDER,
+    PRECISIONS,
+    classifier_file,
+    expert_files,
+    pool_folder,
+    title_of,
+)
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
-from t2app.experts import Expert, WeightsIdentity, load_expert
+from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
 from t2app.pictures import PictureError
 from t2app.products import has_bfloat16_arithmetic, use_fast_products
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
@@ -90,6 +98,7 @@ def load_model(
     layers: Callable[[str], bool] | None = None,
     progress: Progress = lambda message, share: None,
     experts_folder: Path = EXPERTS_FOLDER,
+    experts_of: str | None = None,
 ) -> Model:
     """Load a model with its tokenizer, its experts and the bases of the layers to adapt.
 
@@ -98,10 +107,11 @@ def load_model(
         precision: fp32, bf16, or auto (see `resolve_precision`).
         many_rows: whether dozens of rows will be decoded at once, as in training, or only the answers to one prompt.
         layers: says of a layer's path whether to adapt it; None adapts what the model's experts adapt.
+        experts_of: the name of another model, whose experts are taken as this model's (see `load_expert`).
 
     Raises:
         ModelError: the model cannot be had or has nothing to adapt.
-        ExpertError: one of its experts is not usable.
+        ExpertError: one of its experts is not usable, or the other model has none.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(precision, device, many_rows)
@@ -124,9 +134,12 @@ def load_model(
     model.requires_grad_(False)
     title = title_of(name)
     identity = identity_of(model, title, revision or getattr(model.config, "_commit_hash", None) or "local")
-    experts = tuple(load_expert(file, identity) for file in expert_files(name, experts_folder))
-    file = classifier_file(name, experts_folder)
-    classifier = None if file is None else load_expert(file, identity)
+    pool, adopted = experts_of or name, experts_of is not None
+    experts = tuple(load_expert(file, identity, adopted) for file in expert_files(pool, experts_folder))
+    if adopted and not experts:
+        raise ExpertError(f"there are no experts of '{experts_of}' in {pool_folder(pool, experts_folder)}")
+    file = classifier_file(pool, experts_folder)
+    classifier = None if file is None else load_expert(file, identity, adopted)
     if layers is None:
         adapted_by_experts = {path for expert in (*experts, classifier) if expert is not None for path in expert.z}
         layers = adapted_by_experts.__contains__

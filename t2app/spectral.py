@@ -246,6 +246,16 @@ def block_of(path: str) -> int:
     return next(int(part) for part in path.split(".") if part.isdecimal())
 
 
+def place_in_blocks(path: str) -> str:
+    """A layer's path from the list of blocks on: the same in a model and in one that has it for a part.
+
+    A path that leads through no list is given back whole.
+    """
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[max(numbers[0] - 1, 0) :]) if numbers else path
+
+
 def is_mlp_path(path: str) -> bool:
     """Whether a layer belongs to a block's MLP, by the name that the model gives it."""
     return ".mlp." in path

@@ -1,6 +1,8 @@
 """Pictures beside prompts, on small random models of three classes: decoding against transformers' own `generate`."""
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from transformers import AutoModelForImageTextToText
 from vision_models import VISION_CLASSES
 
 from t2app.decoding import collected, decode
+from t2app.experts import Expert, ExpertError, load_expert, mix, save_expert
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.pictures import PictureError, read_picture
-from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
+from t2app.spectral import Deltas, SpectralModel, basis_of, is_mlp_path, linear_layer
 
 QUESTION = "What is in this picture?"
 GREEDY = Sampling(max_new_tokens=12)
@@ -195,3 +198,45 @@ def test_file_that_is_no_picture_is_refused_with_a_sentence(tmp_path, content, s
         file.write_bytes(content)
     with pytest.raises(PictureError, match=sentence):
         read_picture(file)
+
+
+@pytest.fixture(scope="module")
+def text_experts(tiny, tmp_path_factory) -> Path:
+    """A folder of experts with one of `tiny`, whose layers are those of the language towers of two classes."""
+    folder = tmp_path_factory.mktemp("experts")
+    generator = torch.Generator().manual_seed(1)
+    ranks = tiny.identity.ranks.items()
+    z = {path: 1 + 0.3 * torch.randn(rank, generator=generator) for path, rank in ranks if is_mlp_path(path)}
+    expert = Expert("math", "math", "calculating", tiny.identity, z)
+    save_expert(expert, folder / "tiny" / "math.safetensors")
+    return folder
+
+
+def test_experts_of_the_text_model_are_taken_by_the_users_word_and_edit_the_language_tower(
+    folder, text_experts, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
+    model = load_model(folder, "fp32", experts_folder=text_experts, experts_of="tiny")
+    [expert] = model.experts
+    assert expert.weights == model.identity and set(expert.z) == set(model.adapted.layers)
+    assert len(expert.z) == 2 * 3 and all(path in model.identity.ranks for path in expert.z)
+    mixture = mix(model.experts, {"math": 1.0})
+    ids, picture = model.picture_prompt(QUESTION, drawing())
+    reference = plain_model(folder)
+    write_into_weights(reference, mixture)
+    assert answers(model, ids, [None, mixture], picture)[1] == generate(reference, ids, picture)
+
+
+def test_without_that_word_they_are_refused_with_how_to_give_it(folder, text_experts, tmp_path, monkeypatch):
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
+    own = tmp_path / "experts" / Path(folder).name
+    shutil.copytree(text_experts / "tiny", own)
+    with pytest.raises(ExpertError, match="was trained on other weights .*take its experts with --experts-of tiny"):
+        load_model(folder, "fp32", experts_folder=tmp_path / "experts")
+
+
+def test_experts_of_a_model_with_other_layers_or_without_any_are_refused(tiny_folder, real, text_experts):
+    with pytest.raises(ExpertError, match="there are no experts of 'nobody' in .*nobody"):
+        load_model(str(tiny_folder), "fp32", experts_folder=text_experts, experts_of="nobody")
+    with pytest.raises(ExpertError, match=r"'model.layers.0.mlp.\w+' has shape \(32,\); \(576,\) was expected"):
+        load_expert(text_experts / "tiny" / "math.safetensors", real.identity, adopted=True)

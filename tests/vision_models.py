@@ -81,7 +81,7 @@ def save_vision_parts(kind: str, text: dict, tokenizer: PreTrainedTokenizerBase,
     Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16 * 16, max_pixels=16 * 16 * 24).save_pretrained(folder)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     return Qwen2VLConfig(
-        text_config=text | {"rope_parameters": rope},
+        text_config=text | {"rope_parameters": rope, "bos_token_id": 1},
         vision_config={
             "depth": 4,
             "embed_dim": 32,
