@@ -68,12 +68,16 @@ class Model:
         return self.experts if self.classifier is None else (*self.experts, self.classifier)
 
     @property
+    def takes_pictures(self) -> bool:
+        return self.processor is not None
+
+    @property
     def parameters(self) -> int:
         return self.adapted.model.num_parameters()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user's prompt in the model's chat template, up to where the answer begins."""
-        if self.processor is not None:
+        if self.takes_pictures:
             return chat_inputs(self.processor, prompt, None)[0]
         if self.tokenizer.chat_template is None:
             return self.tokenizer(prompt)["input_ids"]
@@ -86,7 +90,7 @@ class Model:
         Raises:
             PictureError: the model takes no pictures, or the prompt's text holds what stands for one.
         """
-        if self.processor is None:
+        if not self.takes_pictures:
             raise PictureError(f"{self.name} takes no pictures; ask without one, or choose a vision-language model")
         return chat_inputs(self.processor, prompt, image)
 

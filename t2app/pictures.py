@@ -3,7 +3,7 @@
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # More than any camera's; a model sees a picture far smaller than this.
 _MOST_PIXELS = 120_000_000
@@ -19,7 +19,7 @@ def read_picture(source: Path | bytes) -> Image.Image:
     Raises:
         PictureError: there is no such file, it holds no picture or a damaged one, or one that is too large.
     """
-    name = "the picture" if isinstance(source, bytes) else str(source)
+    name = "the file" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
@@ -30,6 +30,8 @@ def read_picture(source: Path | bytes) -> Image.Image:
                 return upright.convert("RGB")
     except FileNotFoundError:
         raise PictureError(f"there is no picture file {name}") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} is no picture that can be read; a PNG, JPEG or WebP is one") from None
     except Exception as error:  # noqa: BLE001  a damaged file makes the decoders raise whatever they run into
-        raise PictureError(f"{name} cannot be read as a picture ({error}); a PNG, JPEG or WebP is one") from None
+        raise PictureError(f"{name} is a damaged picture, or none ({error}); open it and save it anew") from None
     raise PictureError(f"{name} has {width:,} × {height:,} pixels; at most {_MOST_PIXELS:,} are read. Make it smaller")

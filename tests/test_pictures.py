@@ -1,5 +1,6 @@
 """Pictures beside prompts, on small random models of three classes: decoding against transformers' own `generate`."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from vision_models import VISION_CLASSES
 
+from t2app.catalogue import DEFAULT_MODEL
+from t2app.cli import main
 from t2app.decoding import collected, decode
+from t2app.engine import Engine, PromptError
 from t2app.experts import Expert, ExpertError, load_expert, mix, save_expert
-from t2app.messages import Sampling
+from t2app.messages import MANUAL, Dispatched, Sampling
 from t2app.models import Model, load_model
 from t2app.pictures import PictureError, read_picture
 from t2app.spectral import Deltas, SpectralModel, basis_of, is_mlp_path, linear_layer
@@ -183,9 +187,9 @@ def test_picture_is_read_upright_in_rgb_and_on_white(tmp_path):
     ("content", "sentence"),
     [
         (None, "there is no picture file .*picture.png"),
-        (b"hello", "picture.png cannot be read as a picture .*; a PNG, JPEG or WebP is one"),
-        (b"", "picture.png cannot be read as a picture"),
-        ("cut", "picture.png cannot be read as a picture"),
+        (b"hello", "picture.png is no picture that can be read; a PNG, JPEG or WebP is one"),
+        (b"", "picture.png is no picture that can be read"),
+        ("cut", r"picture.png is a damaged picture, or none \(.*truncated"),
     ],
     ids=["missing", "text", "empty", "cut off"],
 )
@@ -240,3 +244,41 @@ def test_experts_of_a_model_with_other_layers_or_without_any_are_refused(tiny_fo
         load_model(str(tiny_folder), "fp32", experts_folder=text_experts, experts_of="nobody")
     with pytest.raises(ExpertError, match=r"'model.layers.0.mlp.\w+' has shape \(32,\); \(576,\) was expected"):
         load_expert(text_experts / "tiny" / "math.safetensors", real.identity, adopted=True)
+
+
+@pytest.fixture
+def picture_file(tmp_path) -> str:
+    file = tmp_path / "drawing.png"
+    drawing().save(file)
+    return str(file)
+
+
+def test_engine_answers_a_prompt_with_a_picture_and_counts_the_picture_in_its_length(seeing):
+    engine = Engine(seeing)
+    ids, picture = seeing.picture_prompt(QUESTION, drawing())
+    first, *_, last = engine.answer(QUESTION, engine.dispatcher(MANUAL, {}), GREEDY, drawing())
+    assert isinstance(first, Dispatched)
+    [tokens] = answers(seeing, ids, [None], picture)
+    assert last.base == last.adapted == seeing.tokenizer.decode(tokens, skip_special_tokens=True)
+    most = Sampling(max_new_tokens=seeing.context_length - len(ids) + 1)
+    with pytest.raises(PromptError, match=f"The prompt with its picture is {len(ids):,} tokens long"):
+        next(engine.answer(QUESTION, engine.dispatcher(MANUAL, {}), most, drawing()))
+
+
+def test_command_line_answers_about_a_picture(vision_folder, picture_file, capsys):
+    folder = str(vision_folder("idefics3"))
+    command = ["answer", QUESTION, "--image", picture_file, "--model", folder, "--max-new-tokens", "4", "--json"]
+    main([*command, "--dispatch", "prompt"])
+    first, *tokens, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["event"], last["event"]) == ("dispatched", "finished")
+    assert {token["stream"] for token in tokens} == {"base", "adapted"} and last["tokens"] == 8
+    with pytest.raises(SystemExit, match=r"error: .*mlp.\w+' has shape \(576,\); \(32,\) was expected"):
+        main([*command, "--experts-of", DEFAULT_MODEL])
+
+
+def test_command_line_refuses_what_is_no_picture_and_a_model_that_takes_none(tiny_folder, picture_file, tmp_path):
+    command = ["answer", QUESTION, "--model", str(tiny_folder), "--image"]
+    with pytest.raises(SystemExit, match="error: .*conftest.py is no picture that can be read"):
+        main([*command, str(Path(__file__).with_name("conftest.py"))])
+    with pytest.raises(SystemExit, match="error: tiny takes no pictures"):
+        main([*command, picture_file])

@@ -7,6 +7,7 @@ under the sliders gives the choice back.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import gradio as gr
 
@@ -27,6 +28,7 @@ from t2app.messages import (
     few_shot,
 )
 from t2app.mixtures import kept_mixtures
+from t2app.pictures import read_picture
 from t2app.ui.updates import failure, run_buttons
 
 EXAMPLES = (
@@ -50,6 +52,7 @@ _DISPATCH_TITLES = {
 class AnswerTab:
     """What the rest of the page needs of this tab."""
 
+    picture: gr.Image
     status: gr.Markdown
     facts: gr.Markdown
     dispatch: gr.Radio
@@ -57,8 +60,19 @@ class AnswerTab:
 
 def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     """Lay the tab out and wire it, within the Blocks that are open."""
-    experts = [file.stem for file in expert_files(loader.model_name)]
+    experts = [file.stem for file in expert_files(loader.experts_of or loader.model_name)]
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, placeholder="Ask something…", autofocus=True)
+    # Shown once the model is there and takes one.
+    picture = gr.Image(
+        label="Picture (the first pass sees the text only)",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=260,
+        visible=False,
+        elem_id="picture",
+    )
+    # Gradio would read the file itself, and end in a bare "Error" where it holds no picture.
+    picture.preprocess = lambda data: None if data is None else data.path
     gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
     with gr.Row():
         answer = gr.Button("Answer", variant="primary", min_width=120, elem_id="answer")
@@ -107,7 +121,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     run = gr.on(
         [answer.click, prompt.submit],
         partial(_answer, loader),
-        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders],
+        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders, picture],
         outputs=[answer, stop, *shown],
         api_name="answer",
         show_progress="hidden",
@@ -118,7 +132,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     for slider in sliders:
         slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
     give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
-    return AnswerTab(status, facts, dispatch)
+    return AnswerTab(picture, status, facts, dispatch)
 
 
 def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
@@ -135,22 +149,24 @@ def _answer(
     temperature: float,
     top_p: float,
     seed: int,
-    *weights: float,
+    *weights_and_picture: float | str | None,
 ) -> Iterator[list]:
     """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
+    *weights, picture = weights_and_picture
     page = _AnswerView(len(weights))
     try:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
                 f"The prompt is {len(prompt):,} characters long; this page takes at most {MAX_PROMPT_CHARACTERS:,}."
             )
+        image = None if picture is None else read_picture(Path(picture).read_bytes())
         yield page.running("Reading the prompt…")
         engine = loader.engine()
         names = [expert.name for expert in engine.model.experts]
         by_hand = dict(zip(names, weights, strict=True)) if dispatch == MANUAL else None
         dispatcher = engine.dispatcher(dispatch, by_hand)
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
-        for event in engine.answer(prompt, dispatcher, sampling):
+        for event in engine.answer(prompt, dispatcher, sampling, image):
             yield page.dispatched(event) if isinstance(event, Dispatched) else page.event(event)
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
         yield page.failed(failure(error, "an answer"))

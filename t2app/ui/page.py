@@ -46,7 +46,7 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         )
         page.load(
             partial(_watch_loading, loader),
-            outputs=[answer_tab.status, answer_tab.facts],
+            outputs=[answer_tab.status, answer_tab.facts, answer_tab.picture],
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
@@ -54,22 +54,24 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
     return page
 
 
-def _watch_loading(loader: EngineLoader) -> Iterator[tuple[str, str]]:
-    """Say what the loading is doing until the engine is there, then what is known of the model."""
+def _watch_loading(loader: EngineLoader) -> Iterator[tuple]:
+    """Say what the loading is doing until the engine is there, then what is known of the model and what it takes."""
     try:
         while (engine := loader.engine(timeout=_LOAD_POLL_SECONDS)) is None:
             share = "" if loader.share is None else f" {loader.share:.0%}"
-            yield f"{loader.message}…{share}", gr.skip()
-        yield "Ready.", _facts(engine)
+            yield f"{loader.message}…{share}", gr.skip(), gr.skip()
+        yield "Ready.", _facts(engine, loader.experts_of), gr.update(visible=engine.model.takes_pictures)
     except Exception as error:  # noqa: BLE001  whatever it was, the person who waits for it must see it
-        yield f"⚠️ The model could not be loaded: {error}", f"No model: {error}"
+        yield f"⚠️ The model could not be loaded: {error}", f"No model: {error}", gr.skip()
 
 
-def _facts(engine: "Engine") -> str:
+def _facts(engine: "Engine", experts_of: str | None) -> str:
     model = engine.model
     licence = f", {CATALOGUE[model.name].licence}" if model.name in CATALOGUE else ""
     lines = [f"**{model.name}** ({model.parameters / 1e6:.0f} M parameters{licence}), held in {model.precision}."]
     lines += [
         f"- expert **{expert.name}** ({expert.parameters:,} numbers): {expert.description}" for expert in model.experts
     ]
+    if experts_of is not None:
+        lines.append(f"\nThe experts are those of **{experts_of}**, trained on its weights and not on this model's.")
     return "\n".join(lines)
