@@ -52,7 +52,7 @@ _DISPATCH_TITLES = {
 class AnswerTab:
     """What the rest of the page needs of this tab."""
 
-    picture: gr.Image
+    picture_place: gr.Column
     status: gr.Markdown
     facts: gr.Markdown
     dispatch: gr.Radio
@@ -63,15 +63,16 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     experts = [file.stem for file in expert_files(loader.experts_of or loader.model_name)]
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, placeholder="Ask something…", autofocus=True)
     # Shown once the model is there and takes one.
-    picture = gr.Image(
-        label="Picture (the first pass sees the text only)",
-        type="filepath",
-        sources=["upload", "clipboard"],
-        height=260,
-        visible=False,
-        elem_id="picture",
-    )
-    # Gradio would read the file itself, and end in a bare "Error" where it holds no picture.
+    with gr.Column(visible=False) as picture_place:
+        picture = gr.Image(
+            label="Picture (the first pass sees the text only)",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            height=260,
+            elem_id="picture",
+        )
+    # Gradio would read the file itself, and end in a bare "Error" where it holds no picture. An update of the component
+    # would undo this, so that what is shown and hidden is its place.
     picture.preprocess = lambda data: None if data is None else data.path
     gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
     with gr.Row():
@@ -121,7 +122,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     run = gr.on(
         [answer.click, prompt.submit],
         partial(_answer, loader),
-        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders, picture],
+        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, picture, *sliders],
         outputs=[answer, stop, *shown],
         api_name="answer",
         show_progress="hidden",
@@ -132,7 +133,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     for slider in sliders:
         slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
     give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
-    return AnswerTab(picture, status, facts, dispatch)
+    return AnswerTab(picture_place, status, facts, dispatch)
 
 
 def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
@@ -149,10 +150,10 @@ def _answer(
     temperature: float,
     top_p: float,
     seed: int,
-    *weights_and_picture: float | str | None,
+    picture: str | None = None,
+    *weights: float,
 ) -> Iterator[list]:
     """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
-    *weights, picture = weights_and_picture
     page = _AnswerView(len(weights))
     try:
         if len(prompt) > MAX_PROMPT_CHARACTERS:

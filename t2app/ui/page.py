@@ -46,7 +46,7 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         )
         page.load(
             partial(_watch_loading, loader),
-            outputs=[answer_tab.status, answer_tab.facts, answer_tab.picture],
+            outputs=[answer_tab.status, answer_tab.facts, answer_tab.picture_place],
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
