@@ -2,7 +2,7 @@
 
 import argparse
 
-from t2app.catalogue import DEFAULT_MODEL, PRECISIONS
+from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 from t2app.loading import EngineLoader
 from t2app.ui import CSS, THEME, build_page
 
@@ -13,10 +13,11 @@ def main() -> None:
         "--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name, a local folder or a GGUF file of either"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="what the weights are held in")
+    parser.add_argument("--experts-of", metavar="NAME", help=EXPERTS_OF_HELP)
     parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also serve the page under a public Gradio address")
     arguments = parser.parse_args()
-    loader = EngineLoader(arguments.model, arguments.precision)
+    loader = EngineLoader(arguments.model, arguments.precision, arguments.experts_of)
     page = build_page(loader)
     page.launch(server_port=arguments.port, share=arguments.share, theme=THEME, css=CSS, prevent_thread_lock=True)
     # Only now, so that the imports of torch do not compete with the page for the processor.

@@ -12,6 +12,10 @@ PRECISIONS = ("auto", *HELD_IN)
 # 4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314): half a byte a number, a byte for every block of 64
 # numbers, and a float32 for every 256 of those.
 _FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+EXPERTS_OF_HELP = (
+    "take the experts of another model that has the same layers, as the text model that a vision-language model is "
+    "built on (default: the model's own)"
+)
 EXPERTS_FOLDER = Path(__file__).resolve().parent.parent / "experts"
 
 

@@ -19,6 +19,7 @@ from t2app import bench
 from t2app.catalogue import (
     CATALOGUE,
     DEFAULT_MODEL,
+    EXPERTS_OF_HELP,
     HELD_IN,
     PRECISIONS,
     classifier_file,
@@ -59,6 +60,7 @@ from t2app.messages import (
 )
 from t2app.mixtures import mixture_file, write_mixture
 from t2app.models import Model, load_model
+from t2app.pictures import read_picture
 from t2app.reference_checkpoints import expert_of_checkpoint, read_checkpoint
 from t2app.search import MixtureSearch, pick_shots
 from t2app.spectral import is_mlp_path
@@ -90,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def answer(options: argparse.Namespace) -> None:
     """Print the two answers as they come, or the events as JSON lines."""
-    engine = Engine(_load(options))
+    image = None if options.image is None else read_picture(options.image)
+    engine = Engine(_load(options, experts_of=options.experts_of))
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    for event in engine.answer(options.prompt, engine.dispatcher(options.dispatch, options.weights), sampling):
+    for event in engine.answer(options.prompt, engine.dispatcher(options.dispatch, options.weights), sampling, image):
         if options.json:
             _print_json(as_json(event))
         elif isinstance(event, Dispatched):
@@ -137,7 +140,7 @@ def models(options: argparse.Namespace) -> None:
 
 def experts(options: argparse.Namespace) -> None:
     """List the model's experts."""
-    for expert in _load(options).pool:
+    for expert in _load(options, experts_of=options.experts_of).pool:
         if options.json:
             _print_json(
                 {
@@ -245,7 +248,7 @@ def ablate(options: argparse.Namespace) -> None:
 def evaluate_tasks(options: argparse.Namespace) -> None:
     """Measure the base model, the experts named and the dispatches named on the test split of each task."""
     tasks = [task_named(name) for name in options.task]
-    model = _load(options, many_rows=True)
+    model = _load(options, many_rows=True, experts_of=options.experts_of)
     if options.weights is not None and MANUAL not in options.dispatch:
         raise ValueError("weights belong to the manual dispatch, and --dispatch does not name it")
     weights = {MANUAL: options.weights}
@@ -302,7 +305,8 @@ def search(options: argparse.Namespace) -> None:
         options.population, options.elite_fraction, options.rounds, options.per_layer, options.score, options.seed
     )
     shots = pick_shots(task, options.shots, options.seed)
-    running = MixtureSearch(_load(options, many_rows=True), task, shots, settings)
+    model = _load(options, many_rows=True, experts_of=options.experts_of)
+    running = MixtureSearch(model, task, shots, settings)
     try:
         for event in running.rounds():
             if options.json:
@@ -465,14 +469,22 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data", type=Path, metavar="DIR", help=f"benchmark data (default: ${DATA_DIR_VARIABLE}, the hub)"
     )
+    pool = argparse.ArgumentParser(add_help=False)
+    pool.add_argument("--experts-of", metavar="NAME", help=EXPERTS_OF_HELP)
     dispatch = argparse.ArgumentParser(add_help=False)
     dispatch.add_argument("--weights", type=_weights, help="with manual dispatch: NAME=NUMBER,… for each expert")
 
     parser = argparse.ArgumentParser(prog="python -m t2app", description="Transformer² on one machine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("answer", parents=[common, dispatch], help="answer a prompt, adapted and base")
+    command = commands.add_parser("answer", parents=[common, pool, dispatch], help="answer a prompt, adapted and base")
     command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="a picture that the prompt is about; the first pass sees the text only",
+    )
     command.add_argument(
         "--dispatch",
         type=_dispatch_name,
@@ -489,7 +501,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("models", parents=[as_json_lines], help="list the models that have a name here")
     command.set_defaults(run=models)
 
-    command = commands.add_parser("experts", parents=[common], help="list the model's experts")
+    command = commands.add_parser("experts", parents=[common, pool], help="list the model's experts")
     command.set_defaults(run=experts)
 
     command = commands.add_parser("train", parents=[common, data], help="train an expert by reinforcement learning")
@@ -549,7 +561,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--results", type=Path, metavar="FILE", help="also write the table there, as Markdown")
     command.set_defaults(run=ablate)
 
-    command = commands.add_parser("eval", parents=[common, data, dispatch], help="measure accuracy on test splits")
+    command = commands.add_parser(
+        "eval", parents=[common, pool, data, dispatch], help="measure accuracy on test splits"
+    )
     command.add_argument("task", nargs="+", metavar="TASK", choices=TASKS, help=f"of {', '.join(TASKS)}")
     command.add_argument(
         "--experts", type=lambda text: text.split(","), metavar="NAME,…", help="(default: all but the classifier)"
@@ -567,7 +581,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--results", type=Path, metavar="FILE", help="also write table and command there, as Markdown")
     command.set_defaults(run=evaluate_tasks)
 
-    command = commands.add_parser("search", parents=[common, data], help="search a mixture on a few solved examples")
+    command = commands.add_parser(
+        "search", parents=[common, pool, data], help="search a mixture on a few solved examples"
+    )
     command.add_argument(
         "task", metavar="TASK|FILE", help="a task, or a file of one JSON object a line with prompt and answer"
     )

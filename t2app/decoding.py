@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
 
 from t2app.messages import Sampling
 from t2app.spectral import Deltas, SpectralModel, execution_device
+from t2app.vision import PictureInputs, picture_arguments, take_position_shift
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
 _LEAST_SAVING = 64
@@ -74,6 +75,7 @@ def decode(
     samples: int = 1,
     seeds: Sequence[int] | None = None,
     prefix: Prefix | None = None,
+    picture: PictureInputs | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yield, for every step, the next token id of each row that is still running, by row.
 
@@ -87,9 +89,11 @@ def decode(
         seeds: where each prompt's generators start, sample s at seeds[p] + s; None starts all prompts at sampling.seed,
             so that two mixtures of one prompt are compared on the same draws.
         prefix: what the prompts go on from; None finds what they begin with alike.
+        picture: what the prompts carry, which then are all the same.
 
     Raises:
-        ValueError: there is no prompt, one is empty, or there are not as many mixtures or seeds as prompts.
+        ValueError: there is no prompt, one is empty, or there are not as many mixtures or seeds as prompts; prompts
+            that differ come with one picture, or a picture comes after a prefix.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("decoding needs at least one prompt, and none that is empty")
@@ -97,11 +101,18 @@ def decode(
         raise ValueError(f"{len(prompts)} prompts came with {len(mixtures)} mixtures; one for each was expected")
     if seeds is not None and len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds; one for each was expected")
+    if picture is not None and (prefix is not None or any(prompt != prompts[0] for prompt in prompts)):
+        raise ValueError("a picture belongs to one prompt; the same prompt for every row, and no prefix, was expected")
     device = _device(adapted)
     starts = [sampling.seed] * len(prompts) if seeds is None else seeds
     choose = _TokenChooser(sampling, [start + sample for start in starts for sample in range(samples)], device)
     stop = set(eos_ids)
-    logits, mask, cache = _prefill(adapted, prompts, mixtures, prefix)
+    if picture is None:
+        logits, mask, cache = _prefill(adapted, prompts, mixtures, prefix)
+        shift = 0
+    else:
+        mask = None
+        logits, cache, shift = _prefill_picture(adapted, prompts[0], mixtures, picture)
     logits = logits[:, -1].repeat_interleave(samples, 0)  # (rows, vocabulary)
     if samples > 1:
         cache.batch_repeat_interleave(samples)
@@ -126,7 +137,7 @@ def decode(
             mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
         # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
         with adapted.using(plan):
-            logits = _forward(adapted, torch.tensor(tokens, device=device)[:, None], mask, cache)[:, -1]
+            logits = _forward(adapted, torch.tensor(tokens, device=device)[:, None], mask, cache, shift=shift)[:, -1]
 
 
 def collected(steps: Iterator[dict[int, int]]) -> list[list[int]]:
@@ -230,6 +241,23 @@ def _prefill(
     return logits, mask, cache
 
 
+def _prefill_picture(
+    adapted: SpectralModel, prompt: Sequence[int], mixtures: Sequence[Deltas | None], picture: PictureInputs
+) -> tuple[Tensor, DynamicCache, int]:
+    """Run a prompt and its picture, a row for each mixture: logits of the last token (rows, 1, vocabulary), cache, and
+    how much the positions of what follows differ from the count of tokens.
+    """
+    cache = DynamicCache(config=adapted.model.config)
+    seen = picture_arguments(adapted.model, picture, len(mixtures))
+    try:
+        with adapted.rows(mixtures):
+            ids = torch.tensor([list(prompt)] * len(mixtures), device=_device(adapted))
+            logits = _forward(adapted, ids, None, cache, **seen)
+    finally:
+        shift = take_position_shift(adapted.model)
+    return logits, cache, shift
+
+
 def _device(adapted: SpectralModel) -> torch.device:
     """Where token ids go."""
     return execution_device(adapted.model.get_input_embeddings())
@@ -241,13 +269,29 @@ def _distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:
 
 
 def _forward(
-    adapted: SpectralModel, ids: Tensor, mask: Tensor | None, cache: DynamicCache, logits_to_keep: int = 1
+    adapted: SpectralModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    cache: DynamicCache,
+    logits_to_keep: int = 1,
+    shift: int = 0,
+    **others,
 ) -> Tensor:
-    """Logits of the last tokens, or of all for 0; ids (rows, new tokens), mask (rows, all tokens)."""
+    """Logits of the last tokens, or of all for 0; ids (rows, new tokens), mask (rows, all tokens).
+
+    Args:
+        shift: what the tokens' positions differ by from their count, where there is no mask.
+        others: what else the model takes.
+    """
     arguments = {"input_ids": ids, "cache": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
     if mask is not None:
         arguments["attention_mask"] = mask
         arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    elif shift:
+        seen = cache.get_seq_length()
+        counted = torch.arange(seen, seen + ids.shape[1], device=ids.device)
+        arguments["position_ids"] = (counted + shift).expand(len(ids), -1)
+    arguments |= others
     return adapted.model(**arguments).logits
 
 

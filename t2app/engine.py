@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from PIL.Image import Image
 
 from t2app.decoding import TextStream, decode
 from t2app.dispatch import Dispatcher, make_dispatcher
@@ -20,6 +21,7 @@ from t2app.messages import NAMING_DISPATCHERS, Dispatched, Event, Finished, Samp
 from t2app.models import Model
 from t2app.search import MixtureSearch
 from t2app.spectral import Deltas
+from t2app.vision import PictureInputs
 
 STREAMS = ("base", "adapted")
 _Event = TypeVar("_Event", bound=Event)
@@ -63,16 +65,22 @@ class Engine:
             self._dispatchers[name] = make_dispatcher(name, self.model)
         return self._dispatchers[name]
 
-    def answer(self, prompt: str, dispatcher: Dispatcher, sampling: Sampling) -> Iterator[Event]:
+    def answer(
+        self, prompt: str, dispatcher: Dispatcher, sampling: Sampling, image: Image | None = None
+    ) -> Iterator[Event]:
         """Decide a mixture for `prompt`, then stream the base model's and the adapted answer side by side.
 
         Closing the iterator stops the compute at the next token.
 
+        Args:
+            image: a picture that the prompt is about. The first pass sees the text alone, the second one both.
+
         Raises:
             PromptError: the prompt is empty, or does not fit the model together with its answer.
+            PictureError: the model takes no pictures, or the prompt's text holds what stands for one.
             EngineError: the GPU's memory did not suffice, or the engine was closed.
         """
-        return _freeing_memory(self._answer(prompt, dispatcher, sampling))
+        return _freeing_memory(self._answer(prompt, dispatcher, sampling, image))
 
     def search(self, search: MixtureSearch) -> Iterator[Searched]:
         """Run a search, as one of the callers that wait for each other; closing the iterator ends it.
@@ -88,14 +96,18 @@ class Engine:
         with self._turn:
             yield self.model
 
-    def _answer(self, prompt: str, dispatcher: Dispatcher, sampling: Sampling) -> Iterator[Event]:
+    def _answer(self, prompt: str, dispatcher: Dispatcher, sampling: Sampling, image: Image | None) -> Iterator[Event]:
         if not prompt.strip():
             raise PromptError("Type a prompt first.")
-        ids = self.model.prompt_ids(prompt)
+        if image is None:
+            ids, picture = self.model.prompt_ids(prompt), None
+        else:
+            ids, picture = self.model.picture_prompt(prompt, image)
         room = self.model.context_length - sampling.max_new_tokens
         if len(ids) > room:
+            asked = "The prompt" if picture is None else "The prompt with its picture"
             raise PromptError(
-                f"The prompt is {len(ids):,} tokens long; with {sampling.max_new_tokens:,} tokens for the answer, "
+                f"{asked} is {len(ids):,} tokens long; with {sampling.max_new_tokens:,} tokens for the answer, "
                 f"{self.model.name} takes at most {room:,}. Shorten the prompt or ask for a shorter answer."
             )
         with self._model_in_turn() as model:
@@ -112,19 +124,22 @@ class Engine:
                 mean_changes(mixture),
                 decision.trace,
             )
-            yield from self._second_pass(ids, mixture, sampling)
+            yield from self._second_pass(ids, picture, mixture, sampling)
 
     def _search(self, search: MixtureSearch) -> Iterator[Searched]:
         with self._model_in_turn():
             yield from search.rounds()
 
-    def _second_pass(self, ids: list[int], mixture: Deltas | None, sampling: Sampling) -> Iterator[Event]:
+    def _second_pass(
+        self, ids: list[int], picture: PictureInputs | None, mixture: Deltas | None, sampling: Sampling
+    ) -> Iterator[Event]:
         """One batch of two rows: the base model's and the mixture's."""
         mixtures = [None, mixture]
         streams = [TextStream(self.model.tokenizer) for _ in STREAMS]
         counts = [0] * len(STREAMS)
         started = time.perf_counter()
-        for step in decode(self.model.adapted, [ids, ids], mixtures, sampling, self.model.eos_ids):
+        steps = decode(self.model.adapted, [ids, ids], mixtures, sampling, self.model.eos_ids, picture=picture)
+        for step in steps:
             for row, token in step.items():
                 counts[row] += 1
                 if text := streams[row].push(token):

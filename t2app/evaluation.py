@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
+from t2app.vision import PictureInputs
 
 BASE = "base"
 _BATCH_ROWS = 64
@@ -102,23 +103,21 @@ def greedy_answers(
     sampling = Sampling(max_new_tokens=task.max_new_tokens)
     digests = _Digests()
     about = f"{model.identity.fingerprint} {model.precision} {task.max_new_tokens}"
-    keys = [f"{about} {digests.of(m)} {_sha256(e.prompt)}" for e, m in zip(examples, mixtures, strict=True)]
+    keys = [f"{about} {digests.of(m)} {_asked(e)}" for e, m in zip(examples, mixtures, strict=True)]
     # A dispatched mixture often is an expert's own: what is asked for twice is answered once.
     times, place = Counter(keys), {key: i for i, key in enumerate(keys)}
-    prompts = {key: model.prompt_ids(examples[i].prompt) for key, i in place.items()}
     answers = {} if kept is None else kept.known(place)
     progress(sum(times[key] for key in answers))
-    # Prompts of like length share a batch: less padding, and rows that end together.
-    order = sorted((key for key in place if key not in answers), key=lambda key: len(prompts[key]))
-    for start in range(0, len(order), _BATCH_ROWS):
+    for prompts, picture in _batches(model, {key: examples[i] for key, i in place.items() if key not in answers}):
         # Base rows first: the others are then a slice of the batch, which is edited without a copy.
-        batch = sorted(order[start : start + _BATCH_ROWS], key=lambda key: mixtures[place[key]] is not None)
+        batch = sorted(prompts, key=lambda key: mixtures[place[key]] is not None)
         steps = decode(
             model.adapted,
             [prompts[key] for key in batch],
             [mixtures[place[key]] for key in batch],
             sampling,
             model.eos_ids,
+            picture=picture,
         )
         rows = zip(batch, collected(steps), strict=True)
         new = {key: model.tokenizer.decode(row, skip_special_tokens=True) for key, row in rows}
@@ -127,6 +126,26 @@ def greedy_answers(
             kept.add(new)
         progress(sum(times[key] for key in batch))
     return [answers[key] for key in keys]
+
+
+def _batches(
+    model: Model, questions: Mapping[str, Example]
+) -> Iterator[tuple[dict[str, list[int]], PictureInputs | None]]:
+    """What is answered together: token ids by key, and the picture that all of them carry."""
+    prompts = {key: model.prompt_ids(example.prompt) for key, example in questions.items() if example.picture is None}
+    # Prompts of like length share a batch: less padding, and rows that end together.
+    order = sorted(prompts, key=lambda key: len(prompts[key]))
+    for start in range(0, len(order), _BATCH_ROWS):
+        yield {key: prompts[key] for key in order[start : start + _BATCH_ROWS]}, None
+    # A picture is seen once for all mixtures that answer about it.
+    pictured: dict[str, list[str]] = {}
+    for key, example in questions.items():
+        if example.picture is not None:
+            pictured.setdefault(_asked(example), []).append(key)
+    for keys in pictured.values():
+        example = questions[keys[0]]
+        ids, picture = model.picture_prompt(example.prompt, example.picture.image())
+        yield dict.fromkeys(keys, ids), picture
 
 
 def evaluate(
@@ -243,5 +262,7 @@ class _Digests:
         return self._by_id[id(mixture)][1]
 
 
-def _sha256(text: str) -> str:
+def _asked(example: Example) -> str:
+    """SHA-256 (hex) of what a model is asked: the prompt, and the picture if there is one."""
+    text = example.prompt if example.picture is None else f"{example.picture.digest} {example.prompt}"
     return hashlib.sha256(text.encode()).hexdigest()

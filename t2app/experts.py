@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2app.spectral import Deltas, block_of
+from t2app.spectral import Deltas, block_of, place_in_blocks
 
 # How much of an expert is mixed in: one α for the whole model, or one for each of its blocks.
 Alpha = float | Sequence[float]
@@ -181,12 +181,17 @@ def save_expert(expert: Expert, path: Path) -> None:
     path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
-def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
+def load_expert(path: Path, weights: WeightsIdentity, adopted: bool = False) -> Expert:
     """Read an expert and check it against the model it is to be used with.
+
+    Args:
+        adopted: take it, by the user's word, although it was trained on other weights: on a model that has the same
+            blocks, under whatever name. The layers' names from the block on and their ranks must be the same.
 
     Raises:
         ExpertError: the file is missing, truncated or no safetensors file; metadata is missing or of another format
-            version; it was trained on other weights; a layer is unknown, of another shape or dtype, or not finite.
+            version; it was trained on other weights and is not adopted; a layer is unknown, of another shape or dtype,
+            or not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -204,13 +209,18 @@ def load_expert(path: Path, weights: WeightsIdentity) -> Expert:
         raise ExpertError(
             f"{path} has expert format {metadata['format_version']}; this program reads format {FORMAT_VERSION}"
         )
-    if metadata["fingerprint"] != weights.fingerprint:
+    if metadata["fingerprint"] != weights.fingerprint and not adopted:
         raise ExpertError(
             f"expert '{path.stem}' was trained on other weights ({metadata['model']}, {metadata['fingerprint'][:8]}…) "
             f"than this model's ({weights.model}, {weights.fingerprint[:8]}…); an expert fits only the weights it was "
-            "trained on, so load that model or train the expert anew"
+            "trained on, so load that model or train the expert anew. If this model is built on that one, as a "
+            f"vision-language model on its text model, take its experts with --experts-of {metadata['model']}"
         )
-    _check_vectors(path, z, _modules(path, metadata, z), weights)
+    _check_modules(path, metadata, z)
+    if adopted:
+        own_paths = {place_in_blocks(own): own for own in weights.ranks}
+        z = {own_paths.get(place_in_blocks(name), name): vector for name, vector in z.items()}
+    _check_vectors(path, z, weights)
     try:
         training = json.loads(metadata.get("training", "{}"))
         if not isinstance(training, dict):
@@ -244,8 +254,8 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def _modules(path: Path, metadata: Mapping[str, str], z: Mapping[str, Tensor]) -> list[str]:
-    """The layers that the file says it adapts, checked against the vectors that it holds."""
+def _check_modules(path: Path, metadata: Mapping[str, str], z: Mapping[str, Tensor]) -> None:
+    """Whether the layers that the file says it adapts are those that it holds vectors for."""
     try:
         listed = json.loads(metadata["modules"])
     except (KeyError, json.JSONDecodeError):
@@ -255,12 +265,10 @@ def _modules(path: Path, metadata: Mapping[str, str], z: Mapping[str, Tensor]) -
     absent = sorted(set(listed) ^ set(z))
     if absent:
         raise ExpertError(f"{path} lists and holds different layers; the first that differs is '{absent[0]}'")
-    return listed
 
 
-def _check_vectors(path: Path, z: Mapping[str, Tensor], modules: list[str], weights: WeightsIdentity) -> None:
-    for name in modules:
-        vector = z[name]
+def _check_vectors(path: Path, z: Mapping[str, Tensor], weights: WeightsIdentity) -> None:
+    for name, vector in z.items():
         if name not in weights.ranks:
             raise ExpertError(f"{path} adapts the layer '{name}', which {weights.model} does not have")
         expected = (weights.ranks[name],)

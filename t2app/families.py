@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -39,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from t2app.models import load_model
 from t2app.spectral import Basis, Deltas, SpectralModel, basis_of, block_linear_paths, is_mlp_path, linear_layer
+from t2app.vision import takes_pictures
 
 # Error over effect, both as norms of logits, that rounding may make in fp32 and in 4 bits.
 EXACT = 1e-3
@@ -286,7 +288,8 @@ def families_table(kept: Mapping[str, Mapping[str, Outcome]], refused: Mapping[s
 def random_model(config: PreTrainedConfig) -> nn.Module:
     """A frozen model with random weights and random biases, always the same ones."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    kind = AutoModelForImageTextToText if takes_pictures(config) else AutoModelForCausalLM
+    model = kind.from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.normal_(std=0.3)

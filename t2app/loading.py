@@ -21,16 +21,29 @@ class EngineLoader:
         model_name: the model that is loaded or being loaded.
         choices: the models that there is room for: the first one, and those of the catalogue once it is known.
         message, share: what is being done now, and how much of it is done where that is known.
+
+    Args:
+        experts_of: the model whose experts the first one takes, None where they are its own.
     """
 
-    def __init__(self, model_name: str, precision: str):
+    def __init__(self, model_name: str, precision: str, experts_of: str | None = None):
         self.model_name, self.precision = model_name, precision
+        self._experts_of = {model_name: experts_of}
         self.choices: tuple[str, ...] = (model_name,)
         self.message, self.share = "Starting", None
         self._engine: Engine | None = None
         self._failure: str | None = None
         self._done = threading.Event()
         self._choosing = threading.Lock()
+
+    @property
+    def experts_of(self) -> str | None:
+        """The other model whose experts the model takes, None where they are its own."""
+        return self._experts_of.get(self.model_name)
+
+    def pool_of(self, model_name: str) -> str:
+        """The model whose experts a model takes, which mostly is the model itself."""
+        return self._experts_of.get(model_name) or model_name
 
     def start(self) -> None:
         threading.Thread(target=self._load, daemon=True).start()
@@ -76,7 +89,8 @@ class EngineLoader:
             from t2app.engine import Engine
             from t2app.models import load_model
 
-            self._engine = Engine(load_model(self.model_name, self.precision, progress=self._report))
+            model = load_model(self.model_name, self.precision, progress=self._report, experts_of=self.experts_of)
+            self._engine = Engine(model)
             self.choices = self._models_that_fit()
         except Exception as error:
             if not isinstance(error, ValueError):

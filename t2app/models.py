@@ -9,8 +9,18 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from PIL.Image import Image
 from safetensors.torch import load, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import logging as transformers_logging
 
 from t2app.catalogue import (
@@ -20,12 +30,15 @@ from t2app.catalogue import (
     PRECISIONS,
     classifier_file,
     expert_files,
+    pool_folder,
     title_of,
 )
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
-from t2app.experts import Expert, WeightsIdentity, load_expert
+from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
+from t2app.pictures import PictureError
 from t2app.products import has_bfloat16_arithmetic, use_fast_products
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
+from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
 from t2app.weights import CheckpointWeights
 
 
@@ -40,6 +53,7 @@ class Model:
         classifier: the classification expert, which only the first pass asks; None where there is none.
         eos_ids: token ids that end a turn.
         context_length: tokens that prompt and answer may have together.
+        processor: of pictures and prompts; None where the model takes no pictures.
     """
 
     name: str
@@ -51,6 +65,7 @@ class Model:
     classifier: Expert | None
     eos_ids: tuple[int, ...]
     context_length: int
+    processor: ProcessorMixin | None = None
 
     @property
     def pool(self) -> tuple[Expert, ...]:
@@ -58,15 +73,31 @@ class Model:
         return self.experts if self.classifier is None else (*self.experts, self.classifier)
 
     @property
+    def takes_pictures(self) -> bool:
+        return self.processor is not None
+
+    @property
     def parameters(self) -> int:
         return self.adapted.model.num_parameters()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user's prompt in the model's chat template, up to where the answer begins."""
+        if self.takes_pictures:
+            return chat_inputs(self.processor, prompt, None)[0]
         if self.tokenizer.chat_template is None:
             return self.tokenizer(prompt)["input_ids"]
         messages = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def picture_prompt(self, prompt: str, image: Image) -> tuple[list[int], PictureInputs]:
+        """Token ids of a user's prompt with a picture before it, and what else the model takes of the picture.
+
+        Raises:
+            PictureError: the model takes no pictures, or the prompt's text holds what stands for one.
+        """
+        if not self.takes_pictures:
+            raise PictureError(f"{self.name} takes no pictures; ask without one, or choose a vision-language model")
+        return chat_inputs(self.processor, prompt, image)
 
 
 def load_model(
@@ -76,6 +107,7 @@ def load_model(
     layers: Callable[[str], bool] | None = None,
     progress: Progress = lambda message, share: None,
     experts_folder: Path = EXPERTS_FOLDER,
+    experts_of: str | None = None,
 ) -> Model:
     """Load a model with its tokenizer, its experts and the bases of the layers to adapt.
 
@@ -84,11 +116,12 @@ def load_model(
         precision: fp32, bf16, 4bit, or auto (see `resolve_precision`).
         many_rows: whether dozens of rows will be decoded at once, as in training, or only the answers to one prompt.
         layers: says of a layer's path whether to adapt it; None adapts what the model's experts adapt.
+        experts_of: the name of another model, whose experts are taken as this model's (see `load_expert`).
 
     Raises:
         ModelError: the model cannot be had or has nothing to adapt.
         WeightsError: its checkpoint does not hold the full-precision weights.
-        ExpertError: one of its experts is not usable.
+        ExpertError: one of its experts is not usable, or the other model has none.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     precision = resolve_precision(precision, many_rows)
@@ -96,16 +129,26 @@ def load_model(
     checkpoint = checkpoint_of(name, progress)
     progress("Loading the model", None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **_held_in(precision, processes)).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        kind = AutoModelForImageTextToText if takes_pictures(config) else AutoModelForCausalLM
+        model = kind.from_pretrained(checkpoint.folder, **_held_in(precision, processes)).eval()
+        processor = load_processor(checkpoint.folder, config) if takes_pictures(config) else None
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder) if processor is None else processor.tokenizer
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelError(f"the model '{name}' cannot be loaded: {error}") from None
+    if processor is not None:
+        check_kind(model)
     model.requires_grad_(False)
     weights = CheckpointWeights(checkpoint.folder, model)
     identity = identity_of(model, weights, title_of(name), checkpoint.revision)
-    experts = tuple(load_expert(file, identity) for file in expert_files(name, experts_folder))
-    file = classifier_file(name, experts_folder)
-    classifier = None if file is None else load_expert(file, identity)
+    pool, adopted = experts_of or name, experts_of is not None
+    experts = tuple(load_expert(file, identity, adopted) for file in expert_files(pool, experts_folder))
+    if adopted and not experts:
+        raise ExpertError(f"there are no experts of '{experts_of}' in {pool_folder(pool, experts_folder)}")
+    file = classifier_file(pool, experts_folder)
+    classifier = None if file is None else load_expert(file, identity, adopted)
     if layers is None:
         adapted_by_experts = {path for expert in (*experts, classifier) if expert is not None for path in expert.z}
         layers = adapted_by_experts.__contains__
@@ -125,7 +168,8 @@ def load_model(
         experts=experts,
         classifier=classifier,
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        context_length=model.config.max_position_embeddings,
+        context_length=model.config.get_text_config().max_position_embeddings,
+        processor=processor,
     )
 
 
@@ -162,9 +206,12 @@ def _held_in(precision: str, processes: PartialState) -> dict[str, object]:
     return arguments | {"dtype": torch.bfloat16, "quantization_config": four_bit}
 
 
-def identity_of(model: torch.nn.Module, weights: CheckpointWeights, name: str, revision: str) -> WeightsIdentity:
-    """The identity of a model's full-precision weights, over all the linear layers of its blocks."""
-    paths = block_linear_paths(model)
+def identity_of(model: PreTrainedModel, weights: CheckpointWeights, name: str, revision: str) -> WeightsIdentity:
+    """The identity of a model's full-precision weights, over all the linear layers of its blocks: of its language
+    tower's, if it has others.
+    """
+    tower = model.get_decoder()
+    paths = block_linear_paths(model, within=next(path for path, module in model.named_modules() if module is tower))
     layers = {path: linear_layer(model, path) for path in paths}
     ranks = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
     return WeightsIdentity(name, revision, fingerprint(weights.items(paths)), ranks)

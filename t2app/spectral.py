@@ -272,17 +272,27 @@ def linear_layer(model: nn.Module, path: str) -> nn.Linear:
     return layer
 
 
-def block_linear_paths(model: nn.Module, keep: Callable[[str], bool] = lambda path: True) -> list[str]:
+def block_linear_paths(
+    model: nn.Module, keep: Callable[[str], bool] = lambda path: True, within: str = ""
+) -> list[str]:
     """Paths of the linear layers inside the model's blocks (the longest list of modules), in the model's order.
 
     A layer whose output is several projections side by side (Phi-3's `qkv_proj`, GPT-NeoX's `query_key_value`) is one
     linear layer and has one z.
 
+    Args:
+        within: path of the part of the model whose blocks are meant; all of it by default.
+
     Raises:
         ValueError: the model has no list of blocks, no linear layer in it, or weights in it that are matrices of
             something else than a linear layer, such as those of a mixture of experts.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = f"{within}." if within else ""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.startswith(inside) and isinstance(module, nn.ModuleList)
+    ]
     # A list inside a block, as of a mixture's experts, may be longer than the list of the blocks.
     outermost = [entry for entry in lists if not any(entry[0].startswith(f"{name}.") for name, _ in lists)]
     if not outermost:
@@ -323,6 +333,16 @@ def _refuse_other_matrices(model: nn.Module, root: str) -> None:
 def block_of(path: str) -> int:
     """The number of the block that a layer belongs to, by the name that the model gives it."""
     return next(int(part) for part in path.split(".") if part.isdecimal())
+
+
+def place_in_blocks(path: str) -> str:
+    """A layer's path from the list of blocks on: the same in a model and in one that has it for a part.
+
+    A path that leads through no list is given back whole.
+    """
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[max(numbers[0] - 1, 0) :]) if numbers else path
 
 
 def is_mlp_path(path: str) -> bool:

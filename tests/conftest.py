@@ -4,11 +4,13 @@ The real model is loaded once a session; its first load on a machine downloads a
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
+from vision_models import save_vision_parts
 
 from t2app.families import random_model
 from t2app.models import Model, load_model
@@ -70,3 +72,23 @@ def tiny(tiny_folder, tmp_path_factory) -> Model:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("T2_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         return load_model(str(tiny_folder), precision="fp32", layers=lambda path: True)
+
+
+@pytest.fixture(scope="session")
+def vision_folder(real, tmp_path_factory) -> Callable[[str], Path]:
+    """Makes the checkpoint of a small random model of a class of `VISION_CLASSES`; its language tower is as `tiny`."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def make(kind: str) -> Path:
+        text = _SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 2048}
+        config = save_vision_parts(kind, text, real.tokenizer, folder / kind)
+        model = random_model(config)
+        # What the vision tower says has to be as loud as the words.
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.startswith(("lm_head", "model.language_model", "model.text_model")):
+                parameter.normal_(std=0.3)
+        model.save_pretrained(folder / kind)
+        return folder / kind
+
+    return make

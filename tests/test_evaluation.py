@@ -54,9 +54,9 @@ def decoded(monkeypatch) -> list:
     """Grows by every prompt that is decoded."""
     rows = []
 
-    def counted(adapted, prompts, *arguments):
+    def counted(adapted, prompts, *arguments, **named):
         rows.extend(prompts)
-        return decode(adapted, prompts, *arguments)
+        return decode(adapted, prompts, *arguments, **named)
 
     monkeypatch.setattr("t2app.evaluation.decode", counted)
     return rows

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from gradio_client import Client
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from t2app.bench.start import served_app
@@ -235,7 +236,7 @@ def test_phone_shows_the_whole_page_without_scrolling_sideways(url, browser, the
 def test_same_path_answers_a_program(url):
     client = Client(url, verbose=False)
     weights = [float(file.stem == "math") for file in expert_files(DEFAULT_MODEL)]
-    job = client.submit(SUM, "manual", 12, 0, 1, 0, *weights, api_name="/answer")
+    job = client.submit(SUM, "manual", 12, 0, 1, 0, None, *weights, api_name="/answer")
     final = job.result(timeout=120)
     assert len(job.outputs()) > 3
     assert any("19" in str(value) for value in final)
@@ -275,3 +276,41 @@ def test_another_model_is_chosen_and_brings_its_own_experts(browser, tiny_folder
         wait_until_finished(opened)
         assert "19" in text(opened, "adapted")
         opened.close()
+
+
+def test_picture_beside_the_prompt_is_answered_and_a_file_that_is_none_gets_a_sentence(
+    browser, vision_folder, tmp_path
+):
+    red, text_file = tmp_path / "red.png", tmp_path / "words.png"
+    Image.new("RGB", (90, 60), "red").save(red)
+    text_file.write_text("no picture")
+    with served_app("--model", str(vision_folder("qwen2_vl"))) as app:
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(app.url)
+        expect(page.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+        set_setting(page, "number input for Max new tokens", "8")
+        answers = []
+        for file in (None, red):
+            if file is not None:
+                page.locator("#picture input[type=file]").set_input_files(file)
+                expect(page.locator("#picture img")).to_be_visible()
+            ask(page, "What is in this picture?")
+            expect(page.locator("#base-statistics")).to_contain_text("8 tokens")
+            wait_until_finished(page)
+            answers.append(text(page, "base"))
+            assert text(page, "adapted") == answers[-1]
+        assert answers[0] != answers[1]
+        page.reload()
+        expect(page.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+        page.locator("#picture input[type=file]").set_input_files(text_file)
+        expect(page.locator("#picture img")).to_be_attached()
+        ask(page, "What is in this picture?")
+        expect(page.locator("#status")).to_contain_text("is no picture that can be read")
+        wait_until_finished(page)
+        page.close()
+
+
+def test_model_that_takes_no_pictures_offers_no_place_for_one(page):
+    expect(page.locator("#answer")).to_be_enabled()
+    expect(page.locator("#picture")).not_to_be_visible()

@@ -12,6 +12,7 @@ from t2app.tasks.puzzles import PUZZLES
 from t2app.tasks.reasoning import ReasoningBasics
 from t2app.tasks.svamp import Svamp
 from t2app.tasks.task import Task
+from t2app.tasks.visual_questions import VISUAL_QUESTIONS
 
 # Those that make their own examples first, then the benchmarks to train on, those to be tested on only and those to
 # search a mixture for; last the first pass itself.
@@ -28,6 +29,7 @@ TASKS: dict[str, Task] = {
         CompetitionMath(),
         HumanEval(),
         Arc("ARC-Challenge"),
+        *VISUAL_QUESTIONS,
         *PUZZLES,
         Dispatch(),
     )

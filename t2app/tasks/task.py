@@ -3,11 +3,35 @@
 A task knows nothing of models, experts or training.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+from PIL.Image import Image
+
+from t2app.pictures import read_picture
+
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read when it is needed; `read` gives the bytes of its file.
+
+    Both uses raise what `read` raises, and `image` PictureError where the bytes are no picture.
+    """
+
+    read: Callable[[], bytes]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of its file: which picture it is."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def image(self) -> Image:
+        return read_picture(self.read())
 
 
 @dataclass(frozen=True)
@@ -18,6 +42,8 @@ class Example:
         solution: a whole text that gives the answer, which a supervised warm start imitates; nothing else looks at it.
         options: what may be answered, where that is a choice.
         tests: statements that a program which is right runs without an exception, where a program is asked for.
+        answers: what each of several people answered, where they were asked.
+        picture: what the prompt is about, where it is about a picture.
     """
 
     prompt: str
@@ -25,6 +51,8 @@ class Example:
     solution: str
     options: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    picture: Picture | None = None
 
 
 class Task(Protocol):

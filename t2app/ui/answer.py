@@ -7,6 +7,7 @@ under the sliders gives the choice back.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import gradio as gr
 
@@ -27,6 +28,7 @@ from t2app.messages import (
     few_shot,
 )
 from t2app.mixtures import kept_mixtures
+from t2app.pictures import read_picture
 from t2app.ui.updates import failure, run_buttons
 
 EXAMPLES = (
@@ -51,10 +53,12 @@ class AnswerTab:
     """What the rest of the page needs of this tab.
 
     Attributes:
+        picture_place: where a picture goes, for a model that takes one.
         sliders: one for every expert that any model to choose has, by the expert's name; the model's own are visible.
         answers: what shows the last answer and what is known of it.
     """
 
+    picture_place: gr.Column
     status: gr.Markdown
     facts: gr.Markdown
     dispatch: gr.Radio
@@ -67,9 +71,9 @@ class AnswerTab:
         """What depends on the model; `show_model` updates it."""
         return [self.dispatch, self.bars, *self.sliders.values()]
 
-    def show_model(self, model_name: str) -> list:
-        """Updates of `of_model` that show another model's experts and mixtures."""
-        experts = _experts(model_name)
+    def show_model(self, model_name: str, pool: str) -> list:
+        """Updates of `of_model` that show another model's mixtures, and the experts of `pool` that it takes."""
+        experts = _experts(pool)
         return [
             gr.update(choices=dispatch_choices(model_name), value=DEFAULT_DISPATCH),
             mixture_bars(dict.fromkeys(experts, 0.0)),
@@ -79,9 +83,21 @@ class AnswerTab:
 
 def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     """Lay the tab out and wire it, within the Blocks that are open."""
-    experts = _experts(loader.model_name)
-    all_experts = dict.fromkeys(name for model in (loader.model_name, *CATALOGUE) for name in _experts(model))
+    pools = [loader.pool_of(model) for model in (loader.model_name, *CATALOGUE)]
+    experts, all_experts = _experts(pools[0]), dict.fromkeys(name for pool in pools for name in _experts(pool))
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, placeholder="Ask something…", autofocus=True)
+    # Shown once the model is there and takes one.
+    with gr.Column(visible=False) as picture_place:
+        picture = gr.Image(
+            label="Picture (the first pass sees the text only)",
+            type="filepath",
+            sources=["upload", "clipboard"],
+            height=260,
+            elem_id="picture",
+        )
+    # Gradio would read the file itself, and end in a bare "Error" where it holds no picture. An update of the component
+    # would undo this, so that what is shown and hidden is its place.
+    picture.preprocess = lambda data: None if data is None else data.path
     gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
     with gr.Row():
         answer = gr.Button("Answer", variant="primary", min_width=120, elem_id="answer")
@@ -138,7 +154,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     run = gr.on(
         [answer.click, prompt.submit],
         partial(_answer, loader, list(sliders)),
-        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, *sliders.values()],
+        inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, picture, *sliders.values()],
         outputs=[answer, stop, status, bars, reasons, changes, *answers, *sliders.values()],
         api_name="answer",
         show_progress="hidden",
@@ -149,12 +165,12 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     for slider in sliders.values():
         slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
     give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
-    return AnswerTab(status, facts, dispatch, bars, sliders, answers)
+    return AnswerTab(picture_place, status, facts, dispatch, bars, sliders, answers)
 
 
-def _experts(model_name: str) -> list[str]:
+def _experts(pool: str) -> list[str]:
     """The names of a model's experts, known before it is loaded."""
-    return [file.stem for file in expert_files(model_name)]
+    return [file.stem for file in expert_files(pool)]
 
 
 def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
@@ -172,6 +188,7 @@ def _answer(
     temperature: float,
     top_p: float,
     seed: int,
+    picture: str | None = None,
     *weights: float,
 ) -> Iterator[list]:
     """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
@@ -181,6 +198,7 @@ def _answer(
             raise ValueError(
                 f"The prompt is {len(prompt):,} characters long; this page takes at most {MAX_PROMPT_CHARACTERS:,}."
             )
+        image = None if picture is None else read_picture(Path(picture).read_bytes())
         yield page.running("Reading the prompt…")
         engine = loader.engine()
         # Another window of this page may have chosen another model meanwhile: only its own experts take part.
@@ -189,7 +207,7 @@ def _answer(
         by_hand = given if dispatch == MANUAL else None
         dispatcher = engine.dispatcher(dispatch, by_hand)
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
-        for event in engine.answer(prompt, dispatcher, sampling):
+        for event in engine.answer(prompt, dispatcher, sampling, image):
             yield page.dispatched(event) if isinstance(event, Dispatched) else page.event(event)
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
         yield page.failed(failure(error, "an answer"))

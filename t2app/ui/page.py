@@ -51,9 +51,10 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
             answer_tab = build_answer_tab(loader)
         with gr.Tab("Search a mixture"):
             build_search_tab(loader, answer_tab.dispatch)
+        loading = [model, answer_tab.status, answer_tab.facts, answer_tab.picture_place, *answer_tab.of_model]
         page.load(
             partial(_watch_loading, loader, answer_tab),
-            outputs=[model, answer_tab.status, answer_tab.facts, *answer_tab.of_model],
+            outputs=loading,
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
@@ -61,7 +62,7 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
         model.select(
             partial(_switch, loader, answer_tab),
             inputs=model,
-            outputs=[model, answer_tab.status, answer_tab.facts, *answer_tab.of_model, *answer_tab.answers],
+            outputs=[*loading, *answer_tab.answers],
             show_progress="hidden",
             concurrency_limit=None,
             api_visibility="private",
@@ -70,21 +71,28 @@ def build_page(loader: EngineLoader) -> gr.Blocks:
 
 
 def _watch_loading(loader: EngineLoader, tab: AnswerTab) -> Iterator[list]:
-    """Updates of model, status, facts and what depends on the model, until it is there or could not be had."""
+    """Updates of model, status, facts, picture's place and what depends on the model, until it is there or failed."""
     same = [gr.skip()] * len(tab.of_model)
     name = loader.model_name
     shown = gr.update(choices=_model_choices(dict.fromkeys((*loader.choices, name))), value=name, interactive=False)
-    yield [shown, f"{loader.message}…", gr.skip(), *tab.show_model(name)]
+    yield [
+        shown,
+        f"{loader.message}…",
+        gr.skip(),
+        gr.update(visible=False),
+        *tab.show_model(name, loader.pool_of(name)),
+    ]
     try:
         while (engine := loader.engine(timeout=_LOAD_POLL_SECONDS)) is None:
             share = "" if loader.share is None else f" {loader.share:.0%}"
-            yield [gr.skip(), f"{loader.message}…{share}", gr.skip(), *same]
+            yield [gr.skip(), f"{loader.message}…{share}", gr.skip(), gr.skip(), *same]
         shown = gr.update(choices=_model_choices(loader.choices), interactive=True)
-        yield [shown, "Ready.", _facts(engine), *same]
+        pictures = gr.update(visible=engine.model.takes_pictures)
+        yield [shown, "Ready.", _facts(engine, loader.experts_of), pictures, *same]
     except Exception as error:  # noqa: BLE001  whatever it was, the person who waits for it must see it
         # None is chosen, so that any of them can be, this one again too.
         shown = gr.update(choices=_model_choices(loader.choices), value=None, interactive=True)
-        yield [shown, f"⚠️ The model could not be loaded: {error}", f"No model: {error}", *same]
+        yield [shown, f"⚠️ The model could not be loaded: {error}", f"No model: {error}", gr.skip(), *same]
 
 
 def _switch(loader: EngineLoader, tab: AnswerTab, model_name: str) -> Iterator[list]:
@@ -93,7 +101,8 @@ def _switch(loader: EngineLoader, tab: AnswerTab, model_name: str) -> Iterator[l
     try:
         loader.switch(model_name)
     except LoadingError as error:
-        yield [loader.model_name, f"⚠️ {error}", gr.skip(), *[gr.skip()] * len(tab.of_model), *kept]
+        unchanged = [gr.skip()] * (2 + len(tab.of_model))
+        yield [loader.model_name, f"⚠️ {error}", *unchanged, *kept]
         return
     # The answers that stand there are the former model's.
     for number, updates in enumerate(_watch_loading(loader, tab)):
@@ -113,11 +122,13 @@ def _model_title(name: str) -> str:
     return f"{entry.title} ({entry.licence}{gated}, download {entry.download_bytes / 1e9:.1f} GB)"
 
 
-def _facts(engine: "Engine") -> str:
+def _facts(engine: "Engine", experts_of: str | None) -> str:
     model = engine.model
     licence = f", {CATALOGUE[model.name].licence}" if model.name in CATALOGUE else ""
     lines = [f"**{model.name}** ({model.parameters / 1e6:.0f} M parameters{licence}), held in {model.precision}."]
     lines += [
         f"- expert **{expert.name}** ({expert.parameters:,} numbers): {expert.description}" for expert in model.experts
     ]
+    if experts_of is not None:
+        lines.append(f"\nThe experts are those of **{experts_of}**, trained on its weights and not on this model's.")
     return "\n".join(lines)
