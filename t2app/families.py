@@ -21,7 +21,6 @@ from torch.func import functional_call
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -38,6 +37,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from t2app.catalogue import FOUR_BIT
 from t2app.models import load_model
 from t2app.spectral import Basis, Deltas, SpectralModel, basis_of, block_linear_paths, is_mlp_path, linear_layer
 from t2app.vision import takes_pictures
@@ -128,7 +128,7 @@ class Subject:
         run = model if weights is None else lambda *given, **named: functional_call(model, weights, given, named)
         ids = self.ids.to(model.device)  # the app loads onto a GPU where there is one
         prompt = run(ids[:, :-1], use_cache=True)
-        step = run(ids[:, -1:], cache=prompt.past_key_values)
+        step = run(ids[:, -1:], cache=prompt.cache)
         return torch.cat([prompt.logits, step.logits], dim=1).cpu()
 
     def adapted_logits(self, adapted: SpectralModel, rows: list[Deltas | None]) -> Tensor:
@@ -172,10 +172,12 @@ def _four_bits(subject: Subject) -> Outcome:
     """NF4 with double quantisation: the base row is bit-identical to the 4-bit model, and an adapted row is that model
     with the edit by the full-precision basis written into it; the error over the effect. A CPU with 16-bit arithmetic
     multiplies 4-bit weights in bfloat16."""
-    plain, adapted = _load_4bit(subject.folder), SpectralModel(_load_4bit(subject.folder), subject.bases)
+    plain, adapted = (
+        load_model(str(subject.folder), FOUR_BIT, layers=lambda path, kept=kept: kept).adapted for kept in (False, True)
+    )
     deltas = subject.deltas(0)
     # Before it first runs: bitsandbytes may then pack its weights in another way.
-    unpacked = {path: _dequantized(layer.base) for path, layer in adapted.layers.items()}
+    unpacked = {path: _dequantized(layer.base).float() for path, layer in adapted.layers.items()}
     base, written = {}, {}
     for path, basis in subject.bases.items():
         edit = torch.eye(basis.rank) + (basis.vectors * deltas[path]) @ basis.vectors.T
@@ -183,7 +185,7 @@ def _four_bits(subject: Subject) -> Outcome:
         written[f"{path}.weight"] = unpacked[path] @ edit if basis.edits_input else edit @ unpacked[path]
     logits = subject.adapted_logits(adapted, [None, deltas, deltas])
     error = _error(logits[1:], subject.logits(subject.plain, written)[1:], subject.logits(subject.plain, base)[1:])
-    apart = _rows_keep_apart(subject, plain, adapted)
+    apart = _rows_keep_apart(subject, plain.model, adapted)
     return Outcome(apart and error <= EXACT_4BIT, f"{error:.1e}" if apart else "rows differ")
 
 
@@ -216,19 +218,6 @@ def _rows_keep_apart(subject: Subject, plain: nn.Module, adapted: SpectralModel)
 def _error(logits: Tensor, expected: Tensor, untouched: Tensor) -> float:
     """How far logits are from what was expected, over how far that is from the untouched model's."""
     return float((logits - expected).norm() / (expected - untouched).norm())
-
-
-def _load_4bit(folder: Path) -> nn.Module:
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    # On the CPU, where the models that it is compared with are.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation, dtype=torch.float32, device_map="cpu"
-    ).eval()
 
 
 def _dequantized(layer: nn.Module) -> Tensor:

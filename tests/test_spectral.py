@@ -46,7 +46,7 @@ class Subject:
     @torch.no_grad()
     def _run(self, model: nn.Module) -> Tensor:
         prompt = model(self.ids[:, :-1], use_cache=True)
-        step = model(self.ids[:, -1:], cache=prompt.past_key_values)
+        step = model(self.ids[:, -1:], cache=prompt.cache)
         return torch.cat([prompt.logits, step.logits], dim=1)  # (rows, tokens, vocabulary)
 
     def random_deltas(self, seed: int) -> Deltas:
