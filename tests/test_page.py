@@ -54,6 +54,11 @@ def page(url: str, browser: Browser) -> Iterator[Page]:
 
 def ask(page: Page, prompt: str) -> None:
     page.get_by_label("Prompt", exact=True).fill(prompt)
+    # The button is disabled from the server's first word on: until then the page looks as if all were finished.
+    page.evaluate(
+        "(() => { const button = document.querySelector('#answer'); window.begun = false;"
+        " new MutationObserver(() => { window.begun ||= button.disabled; }).observe(button, {attributes: true}); })()"
+    )
     page.locator("#answer").click()
 
 
@@ -62,6 +67,7 @@ def text(page: Page, stream: str) -> str:
 
 
 def wait_until_finished(page: Page) -> None:
+    page.wait_for_function("window.begun", timeout=PATIENCE_MS)
     expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE_MS)
     expect(page.locator("#answer")).to_be_enabled(timeout=PATIENCE_MS)
 
@@ -151,7 +157,7 @@ def test_second_click_while_one_runs_does_nothing(page):
 def test_prompt_that_cannot_be_answered_gets_a_sentence_and_is_kept(page, prompt, sentence):
     ask(page, prompt)
     expect(page.locator("#status")).to_contain_text(sentence)
-    wait_until_finished(page)
+    expect(page.locator("#answer")).to_be_enabled()
     assert page.get_by_label("Prompt", exact=True).input_value() == prompt
 
 
@@ -260,7 +266,7 @@ def test_another_model_is_chosen_and_brings_its_own_experts(browser, tiny_folder
         wait_until_finished(opened)
         assert text(opened, "base") == text(opened, "adapted")
         choose_model(opened, "SmolLM2-135M-Instruct")
-        expect(opened.locator("#base")).to_be_empty()
+        expect(opened.locator("#base")).to_be_empty(timeout=PATIENCE_MS)
         expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
         expect(weight).to_be_visible()
         ask(opened, SUM)
@@ -307,7 +313,7 @@ def test_picture_beside_the_prompt_is_answered_and_a_file_that_is_none_gets_a_se
         expect(page.locator("#picture img")).to_be_attached()
         ask(page, "What is in this picture?")
         expect(page.locator("#status")).to_contain_text("is no picture that can be read")
-        wait_until_finished(page)
+        expect(page.locator("#answer")).to_be_enabled()
         page.close()
 
 
