@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from PIL.Image import Image
 from safetensors.torch import load, save_file
 from transformers import (
@@ -237,17 +238,21 @@ class _Bases(Mapping[str, Basis]):
 
     def prepare(self, progress: Progress) -> None:
         """Compute those that are not in the cache; a preparation that is cut off goes on from the layer it was at."""
+        if all(self._file(path).exists() for path in self._paths):
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        for done, path in enumerate(self._paths):
-            if self._file(path).exists():
-                continue
-            progress("Computing singular vectors", done / len(self._paths))
-            basis = basis_of(self._weights[path].to(self._device))
-            # Written beside and renamed: two processes may do the same work, neither ever reads half a file.
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".partial", delete=False) as partial:
-                partial.close()
-                save_file({"vectors": basis.vectors, "singular_values": basis.singular_values}, partial.name)
-                os.replace(partial.name, self._file(path))
+        progress("Waiting for another process that prepares the model", None)
+        with FileLock(self._folder.with_suffix(".lock")):
+            for done, path in enumerate(self._paths):
+                if self._file(path).exists():
+                    continue
+                progress("Computing singular vectors", done / len(self._paths))
+                basis = basis_of(self._weights[path].to(self._device))
+                # Written beside and renamed: a process that is cut off leaves no half of a file.
+                with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".partial", delete=False) as partial:
+                    partial.close()
+                    save_file({"vectors": basis.vectors, "singular_values": basis.singular_values}, partial.name)
+                    os.replace(partial.name, self._file(path))
 
     def __getitem__(self, path: str) -> Basis:
         # Read as a whole: a file mapped into memory is read page by page as it is transposed, ten times slower.
