@@ -241,7 +241,7 @@ class _Bases(Mapping[str, Basis]):
         if all(self._file(path).exists() for path in self._paths):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        progress("Waiting for another process that prepares the model", None)
+        progress("Computing singular vectors", None)  # or waiting for the process that does
         with FileLock(self._folder.with_suffix(".lock")):
             for done, path in enumerate(self._paths):
                 if self._file(path).exists():
