@@ -124,7 +124,7 @@ def load_model(
         WeightsError: its checkpoint does not hold the full-precision weights.
         ExpertError: one of its experts is not usable, or the other model has none.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    together = processes()
     precision = resolve_precision(precision, many_rows)
     transformers_logging.disable_progress_bar()
     checkpoint = checkpoint_of(name, progress)
@@ -132,7 +132,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         kind = AutoModelForImageTextToText if takes_pictures(config) else AutoModelForCausalLM
-        model = kind.from_pretrained(checkpoint.folder, **_held_in(precision, processes)).eval()
+        model = kind.from_pretrained(checkpoint.folder, **_held_in(precision, together)).eval()
         processor = load_processor(checkpoint.folder, config) if takes_pictures(config) else None
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder) if processor is None else processor.tokenizer
     except ModelError:
@@ -154,7 +154,7 @@ def load_model(
         adapted_by_experts = {path for expert in (*experts, classifier) if expert is not None for path in expert.z}
         layers = adapted_by_experts.__contains__
     paths = [path for path in identity.ranks if layers(path)]
-    bases = _Bases(model, weights, identity.fingerprint, paths, processes.device)
+    bases = _Bases(model, weights, identity.fingerprint, paths, together.device)
     bases.prepare(progress)
     use_fast_products(model, cache_folder() / "kernels")
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
@@ -174,6 +174,12 @@ def load_model(
     )
 
 
+def processes() -> PartialState:
+    """The processes that train together, and which of them this is; mostly there is one."""
+    # Without a GPU it has to be told, or it sees no others.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def resolve_precision(precision: str, many_rows: bool = False) -> str:
     """What `auto` stands for: bf16, but fp32 for many rows on a CPU without 16-bit arithmetic (`bench products`).
 
@@ -187,13 +193,13 @@ def resolve_precision(precision: str, many_rows: bool = False) -> str:
     return "fp32" if many_rows and not torch.cuda.is_available() and not has_bfloat16_arithmetic() else "bf16"
 
 
-def _held_in(precision: str, processes: PartialState) -> dict[str, object]:
+def _held_in(precision: str, together: PartialState) -> dict[str, object]:
     """What transformers is asked for, to hold a model's weights in a precision, on the GPUs where there are any."""
     arguments: dict[str, object] = {}
-    if processes.device.type == "cuda":
+    if together.device.type == "cuda":
         # "auto" spreads a model over all GPUs, and what does not fit there over the host's memory. Of several processes
         # that train together, each has the whole model on a GPU of its own.
-        arguments["device_map"] = "auto" if processes.num_processes == 1 else {"": processes.device}
+        arguments["device_map"] = "auto" if together.num_processes == 1 else {"": together.device}
     if precision != FOUR_BIT:
         return arguments | {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
     # It would advise every user of a CPU to install another package.

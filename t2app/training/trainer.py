@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from t2app.decoding import answer_log_probabilities, collected, decode, parts_by
 from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import Expert, Measurement, load_expert, mix, save_expert
 from t2app.messages import Sampling
-from t2app.models import Model
+from t2app.models import Model, processes
 from t2app.tasks import Example, Task
 from t2app.training.log import TrainingLog
 from t2app.training.settings import TrainingSettings
@@ -334,12 +333,6 @@ class Trainer:
             "weights": self.model.identity.fingerprint,
             "parameters": {path: list(parameter.shape) for path, parameter in self.parameters.items()},
         }
-
-
-def processes() -> PartialState:
-    """The processes that make this training together, and which of them this is; mostly there is one."""
-    # Without a GPU it has to be told, or it sees no others.
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _decayed(learning_rate: float, steps_left: int, decay_steps: int) -> float:
