@@ -13,13 +13,14 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
+from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
 from t2app.spectral import Deltas, SpectralModel, execution_device
 from t2app.vision import PictureInputs, picture_arguments, take_position_shift
@@ -43,9 +44,9 @@ class Prefix:
 
     length: int
     mixtures: Sequence[Deltas | None]
-    cache: DynamicCache
+    cache: GrowingCache
 
-    def cache_for(self, mixtures: Sequence[Deltas | None]) -> DynamicCache:
+    def cache_for(self, mixtures: Sequence[Deltas | None]) -> GrowingCache:
         """A cache of its own with a row for each of these mixtures, which must be among the prefix's."""
         row_of = {id(mixture): row for row, mixture in enumerate(self.mixtures)}
         rows = copy.copy(self.cache)
@@ -58,7 +59,7 @@ class Prefix:
 def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix:
     """Run the tokens that prompts begin with, once for each distinct mixture."""
     mixtures = _distinct(mixtures)
-    cache = DynamicCache(config=adapted.model.config)
+    cache = GrowingCache(adapted.model.config)
     with adapted.rows(mixtures):
         _forward(adapted, torch.tensor([ids] * len(mixtures), device=_device(adapted)), None, cache)
     return Prefix(len(ids), mixtures, cache)
@@ -222,7 +223,7 @@ def positions(mask: Tensor) -> Tensor:
 
 def _prefill(
     adapted: SpectralModel, prompts: Sequence[Sequence[int]], mixtures: Sequence[Deltas | None], prefix: Prefix | None
-) -> tuple[Tensor, Tensor | None, DynamicCache]:
+) -> tuple[Tensor, Tensor | None, GrowingCache]:
     """Run the prompts: logits of their last tokens (rows, 1, vocabulary), mask (rows, tokens) or None, and cache."""
     if prefix is None:
         # Each prompt keeps a token of its own, for the logits.
@@ -232,7 +233,7 @@ def _prefill(
         if alike * rows_saved >= _LEAST_SAVING:
             prefix = compute_prefix(adapted, prompts[0][:alike], mixtures)
             prompts = [prompt[alike:] for prompt in prompts]
-    cache = DynamicCache(config=adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
+    cache = GrowingCache(adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
     ids, mask = pad_left(prompts, _device(adapted))
     if mask is not None and prefix is not None:
         mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
@@ -243,11 +244,11 @@ def _prefill(
 
 def _prefill_picture(
     adapted: SpectralModel, prompt: Sequence[int], mixtures: Sequence[Deltas | None], picture: PictureInputs
-) -> tuple[Tensor, DynamicCache, int]:
+) -> tuple[Tensor, GrowingCache, int]:
     """Run a prompt and its picture, a row for each mixture: logits of the last token (rows, 1, vocabulary), cache, and
     how much the positions of what follows differ from the count of tokens.
     """
-    cache = DynamicCache(config=adapted.model.config)
+    cache = GrowingCache(adapted.model.config)
     seen = picture_arguments(adapted.model, picture, len(mixtures))
     try:
         with adapted.rows(mixtures):
@@ -272,7 +273,7 @@ def _forward(
     adapted: SpectralModel,
     ids: Tensor,
     mask: Tensor | None,
-    cache: DynamicCache,
+    cache: GrowingCache,
     logits_to_keep: int = 1,
     shift: int = 0,
     **others,

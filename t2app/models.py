@@ -36,8 +36,8 @@ from t2app.catalogue import (
 )
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
+from t2app.kernels import has_bfloat16_arithmetic, use_kernels
 from t2app.pictures import PictureError
-from t2app.products import has_bfloat16_arithmetic, use_fast_products
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
 from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
 from t2app.weights import CheckpointWeights
@@ -156,7 +156,7 @@ def load_model(
     paths = [path for path in identity.ranks if layers(path)]
     bases = _Bases(model, weights, identity.fingerprint, paths, together.device)
     bases.prepare(progress)
-    use_fast_products(model, cache_folder() / "kernels")
+    use_kernels(model, cache_folder() / "kernels")
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
     eos = model.generation_config.eos_token_id

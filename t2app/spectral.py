@@ -23,7 +23,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.products import FastLinear, edited, fast_edited, few_rows, has_products_of_many_rows
+from t2app.kernels import FastLinear, is_few, pack_vectors
+from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
 Deltas = Mapping[str, Tensor]
@@ -116,9 +117,9 @@ class SpectralLinear(nn.Module):
         self.base = base
         self.edits_input = basis.edits_input
         self.singular_values = basis.singular_values
-        self._edited = fast_edited if isinstance(base, FastLinear) else edited
         device = execution_device(base)
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
+        self.packed = pack_vectors(self.vectors) if isinstance(base, FastLinear) else None
         self.register_buffer("in_basis", self._weight_in_basis() if many_rows else None, persistent=False)
         # Of an offloaded layer the bias is there only while the layer runs, and the edit of an output comes after.
         with align_module_device(base):
@@ -134,12 +135,14 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
-        count, rows, delta = self.rows
-        if self.in_basis is not None and self.rows.edits_all and count * x.shape[1] > few_rows():
+        _, rows, delta = self.rows
+        if self.in_basis is not None and self.rows.edits_all and not is_few(x):
             return self._by_factors(x, 1 + delta)
+        if self.packed is not None and self.base.adapts(x, rows, delta):
+            return self.base.adapted(x, self.packed, self.edits_input, rows, delta)
         if self.edits_input:
-            return self.base(self._edited(x, rows, self.vectors, delta))
-        return self._edited(self.base(x), rows, self.vectors, delta, self.bias)
+            return self.base(edited(x, rows, self.vectors, delta))
+        return edited(self.base(x), rows, self.vectors, delta, self.bias)
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
         """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""

@@ -23,10 +23,10 @@ from t2app.decoding import collected, decode
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.families import random_model
+from t2app.kernels import use_kernels
 from t2app.machine import fits, memory_bytes
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
-from t2app.products import use_fast_products
 from t2app.spectral import Deltas, SpectralModel, basis_of, block_linear_paths, linear_layer
 from t2app.tasks.registry import task_named
 from t2app.weights import CheckpointWeights, WeightsError
@@ -303,7 +303,7 @@ def test_model_split_between_cpu_and_disk_answers_as_the_whole_one(small_model, 
     split = AutoModelForCausalLM.from_pretrained(
         tmp_path / "checkpoint", device_map=places, offload_folder=tmp_path / "offloaded"
     )
-    use_fast_products(split, cache_folder() / "kernels")
+    use_kernels(split, cache_folder() / "kernels")
     paths = block_linear_paths(whole)
     weights = CheckpointWeights(tmp_path / "checkpoint", split)
     assert any(linear_layer(split, path).weight.is_meta for path in paths)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from t2app.catalogue import DEFAULT_MODEL
 from t2app.engine import Engine, EngineError
+from t2app.key_values import GrowingCache
 from t2app.loading import EngineLoader, LoadingError
 from t2app.messages import MANUAL, PROMPT, Finished, Sampling
 
@@ -102,7 +102,7 @@ def fail_at(tiny) -> Callable[[int], list[weakref.ref]]:
         caches: list[weakref.ref] = []
 
         def hook(module, arguments, options) -> None:
-            caches.extend(weakref.ref(value) for value in options.values() if isinstance(value, DynamicCache))
+            caches.extend(weakref.ref(value) for value in options.values() if isinstance(value, GrowingCache))
             if len(caches) == number:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from t2app.bench.basis import bench_basis
 from t2app.bench.decode import bench_decode
+from t2app.bench.edit import bench_edit
 from t2app.bench.figure import Figure
 from t2app.bench.first_pass import bench_first_pass
 from t2app.bench.products import bench_products
@@ -15,6 +16,7 @@ from t2app.bench.wordings import bench_wordings
 
 BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
     "decode": bench_decode,
+    "edit": bench_edit,
     "start": bench_start,
     "products": bench_products,
     "training": bench_training,

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import DynamicCache
 
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.experts import mix
+from t2app.key_values import GrowingCache
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas
 
@@ -42,7 +42,7 @@ def _stepper(model: Model, mixtures: list[Deltas | None]) -> Callable[[], None]:
     transformer, device = model.adapted.model, model.adapted.model.device
     generator = torch.Generator().manual_seed(0)
     context = torch.randint(100, 1000, (1, _CONTEXT_TOKENS), generator=generator).expand(len(mixtures), -1).to(device)
-    cache = DynamicCache(config=transformer.config)
+    cache = GrowingCache(transformer.config)
 
     plan = model.adapted.plan(mixtures)
 

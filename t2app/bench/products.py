@@ -1,44 +1,78 @@
-"""What one product with the model's widest layer costs, in each way that there is on this machine."""
+"""What the products of a decoding step cost, in each way that there is on this machine."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.kernels import FastLinear
 from t2app.models import load_model
-from t2app.products import FastLinear
-from t2app.spectral import block_linear_paths, linear_layer
+from t2app.products import edited
+from t2app.spectral import SpectralLinear
 
-_ROWS = (1, 2, 4, 8, 16, 90)
-_PRODUCTS = 200
+_ROWS = (1, 2, 4, 8, 12, 16, 90)
+_STEPS = 10
 
 
 def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
-    """A product with the model's widest layer, in each way that there is on this machine, for few rows and many.
+    """One product with every layer of the model's blocks, so that weights come from memory as in a step.
 
-    `kernel` is ours (bf16, few rows), `bf16` and `fp32` are torch's. What is best here decides nothing by itself: the
-    choices are in `products.py` and `models.resolve_precision`, and this is what they were made on.
+    `kernel` is ours, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that lives for one
+    product. Those with `edit` edit the last half of the rows, each by a z of its own. What is best here decides nothing
+    by itself: the choices are in `kernels/linear.py` and `models.resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.
     """
     if precision == "fp32":
         raise ValueError("the bench 'products' compares bf16 with fp32 by itself; leave --precision out")
-    model = load_model(model_name, "bf16", layers=lambda path: False).adapted.model
-    layers = [linear_layer(model, path) for path in block_linear_paths(model)]
-    weight = max((layer.weight for layer in layers), key=torch.Tensor.numel).detach()
-    wide = weight.float()
-    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "bf16": lambda x: F.linear(x, weight),
-        "fp32": lambda x: F.linear(x.float(), wide),
-    }
-    if any(isinstance(layer, FastLinear) for layer in layers):
-        ways["kernel"] = lambda x: torch.ops.t2app.few_rows_linear(x, weight, None)
+    layers = list(load_model(model_name, "bf16", layers=lambda path: True).adapted.layers.values())
+    ways = {"bf16": _bf16, "fp32": _fp32, "bf16_edit": _bf16_edit}
+    if any(isinstance(layer.base, FastLinear) for layer in layers):
+        ways |= {"kernel": _kernel, "kernel_edit": _kernel_edit}
+    generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
-        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
+        edited = rows - rows // 2
+        deltas = [torch.randn(edited, len(layer.vectors), generator=generator) / 20 for layer in layers]
         for name, multiply in ways.items():
-            multiply(x)
-            values = [1e3 * seconds(partial(multiply, x)) for _ in range(_PRODUCTS)]
+            step = partial(_all, multiply, layers, inputs, deltas)
+            step()
+            values = [1e3 * seconds(step) for _ in range(_STEPS)]
             yield figure_of("products", f"{name}_{rows}_rows", values, "ms")
+
+
+@torch.inference_mode()
+def _all(multiply: Callable, layers: list[SpectralLinear], inputs: list[Tensor], deltas: list[Tensor]) -> None:
+    for layer, x, delta in zip(layers, inputs, deltas, strict=True):
+        multiply(layer, x, delta)
+
+
+def _bf16(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
+    return F.linear(x, layer.base.weight)
+
+
+def _fp32(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
+    return F.linear(x.float(), layer.base.weight.float())
+
+
+def _kernel(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
+    return torch.ops.t2app.few_rows_linear(x, layer.base.weight, None)
+
+
+def _bf16_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
+    rows = _last(x, delta)
+    if layer.edits_input:
+        return F.linear(edited(x, rows, layer.vectors, delta), layer.base.weight)
+    return edited(F.linear(x, layer.base.weight), rows, layer.vectors, delta)
+
+
+def _kernel_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
+    return layer.base.adapted(x, layer.packed, layer.edits_input, _last(x, delta), delta)
+
+
+def _last(x: Tensor, delta: Tensor) -> slice:
+    return slice(len(x) - len(delta), len(x))

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from t2app.bench.composed import compose, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.decoding import Prefix, answer_log_probabilities, collected, decode
+from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, linear_layer
@@ -74,7 +74,7 @@ class _Way:
 
     def prefix(self, mixtures: Sequence[Deltas | None]) -> Prefix | None:
         """That the decoder finds for itself, or one of no tokens: then all prompts are computed whole."""
-        return None if self.once else Prefix(0, mixtures, DynamicCache(config=self.model.adapted.model.config))
+        return None if self.once else Prefix(0, mixtures, GrowingCache(self.model.adapted.model.config))
 
     def sample(self, batch: _Batch) -> None:
         repeated, samples = (1, _SAMPLES) if self.once else (_SAMPLES, 1)

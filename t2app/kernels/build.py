@@ -1,0 +1,54 @@
+"""Compiling and loading the kernels: `torch.ops.t2app.…` from then on."""
+
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+# What a row's length must divide by.
+WIDTH = 16
+_FOLDER = Path(__file__).parent
+_SOURCE = _FOLDER / "library.cpp"
+
+
+@cache
+def load_kernels(folder: Path) -> bool:
+    """Make the kernels available, compiled into `folder`; False where the CPU lacks AVX2 or nothing can be compiled."""
+    if not torch.cpu._is_avx2_supported():
+        return False
+    sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
+    key = hashlib.sha256(sources + torch.__version__.encode()).hexdigest()[:16]
+    library = folder / f"kernels-{key}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Built beside and renamed: a build that is cut off leaves nothing, and two at once do no harm.
+        with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as scratch:
+            built = Path(scratch) / library.name
+            if not _compile(built):
+                return False
+            os.replace(built, library)
+    if not hasattr(torch.ops.t2app, "few_rows_linear"):
+        torch.ops.load_library(library)
+    return True
+
+
+def _compile(library: Path) -> bool:
+    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", "-mavx2", "-mfma", "-fopenmp", "-fPIC", "-shared"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    command += ["-DAT_PARALLEL_OPENMP=1", str(_SOURCE), "-o", str(library)]
+    command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        logging.getLogger(__name__).warning(
+            "decoding without the fast kernels, which could not be compiled: %s", detail
+        )
+        return False
+    return True

@@ -1,0 +1,163 @@
+"""The kernels and products in bf16 for the CPU, against exact ones in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from t2app.checkpoints import cache_folder
+from t2app.kernels import FEW_ROWS, FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
+from t2app.kernels.attention import fast_attention
+from t2app.kernels.linear import fast_linear
+from t2app.products import edited
+from t2app.spectral import basis_of
+
+SHAPES = [(1536, 576), (576, 1536), (192, 576), (7, 48), (5, 30)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    """Has the kernel compiled and loaded, or skips where this machine would not use it."""
+    model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
+    use_kernels(model, cache_folder() / "kernels")
+    if not isinstance(model[0], FastLinear):
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(torch.bfloat16)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40])
+def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
+    x, weight, bias = random(rows, 1, shape[1]), random(*shape), random(shape[0])
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert relative_error(fast_linear(x, weight, bias), exact) < 2**-8
+    assert fast_linear(x, weight).shape == (rows, 1, shape[0])
+
+
+def test_what_a_row_gets_does_not_depend_on_its_company():
+    x, weight = random(FEW_ROWS, 1, 576), random(1536, 576)
+    together = fast_linear(x, weight)
+    for row in range(FEW_ROWS):
+        assert torch.equal(fast_linear(x[row : row + 1], weight), together[row : row + 1])
+
+
+@pytest.mark.parametrize("narrow", [576, 30])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), torch.tensor([0, 2])], ids=["first", "last", "apart"])
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_edit_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, rows, tokens, shared, biased):
+    side, vectors = random(3, tokens, narrow), random(narrow, narrow)
+    bias = random(narrow) if biased else None
+    count = len(torch.arange(3)[rows])
+    delta = torch.randn(1 if shared else count, narrow, generator=torch.Generator().manual_seed(0))
+    exact = edited(side.double(), rows, vectors.double(), delta.double(), None if bias is None else bias.double())
+    found = edited(side, rows, vectors, delta, bias)
+    assert found.shape == side.shape and found.dtype == torch.bfloat16
+    # A CPU with 16-bit arithmetic rounds the coordinates and the change too, not only their sum.
+    assert relative_error(found, exact) < (2**-7 if has_bfloat16_arithmetic() else 2**-8)
+    others = [row for row in range(3) if row not in torch.arange(3)[rows]]
+    assert torch.equal(found[others], side[others])
+
+
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 1536), (192, 576), (16, 48), (36 * 16, 36 * 16)])
+@pytest.mark.parametrize("first, count, rows", [(0, 1, 1), (1, 1, 2), (1, 2, 3), (5, 7, 12)])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
+    shape, first, count, rows, shared, biased
+):
+    layer = nn.Linear(shape[1], shape[0], bias=biased, dtype=torch.bfloat16).requires_grad_(False)
+    fast = FastLinear(layer)
+    basis = basis_of(layer.weight)
+    x = random(rows, 1, shape[1])
+    delta = 0.1 * torch.randn(1 if shared else count, basis.rank, generator=torch.Generator().manual_seed(0))
+    z = torch.ones(rows, basis.rank).index_add_(0, torch.arange(first, first + count), delta.expand(count, -1))
+    edited_rows = slice(first, first + count)
+    assert fast.adapts(x, edited_rows, delta)
+    found = fast.adapted(x, pack_vectors(basis.vectors.T), basis.edits_input, edited_rows, delta)
+
+    u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
+    exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x[:, 0].double(), z.double(), strict=True)])
+    exact = exact[:, None] + (layer.bias.double() if biased else 0)
+    assert found.shape == (rows, 1, shape[0]) and found.dtype == torch.bfloat16
+    assert relative_error(found, exact) < 2**-8
+    others = [row for row in range(rows) if not first <= row < first + count]
+    assert torch.equal(found[others], fast(x)[others])
+
+
+def test_packed_vectors_are_the_vectors_within_half_a_step_with_even_places_first():
+    vectors = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    integers, scales = pack_vectors(vectors)
+    order = [block + place for block in (0, 16, 32) for place in (*range(0, 16, 2), *range(1, 16, 2))]
+    assert ((integers * scales[:, None] - vectors[:, order]).abs() <= 0.5001 * scales[:, None]).all()
+
+
+def test_vectors_that_the_kernel_cannot_read_are_not_packed():
+    assert pack_vectors(torch.eye(30)) is None
+
+
+@pytest.mark.parametrize("heads, key_heads, size", [(9, 3, 64), (4, 4, 16), (8, 1, 48), (14, 2, 64)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_token_is_as_exact_as_bfloat16_can_hold(heads, key_heads, size, masked):
+    rows, tokens = 3, 37
+    query = random(rows, heads, 1, size)
+    # As a growing cache hands them over: the beginning of a tensor with room for more tokens.
+    keys, values = (random(rows, key_heads, tokens + extra, size)[:, :, :tokens] for extra in (5, 6))
+    mask = None
+    if masked:
+        mask = torch.ones(rows, 1, 1, tokens, dtype=torch.bool)
+        mask[1, ..., :20] = False
+    attention = nn.Module()
+    found, _ = fast_attention(attention, query, keys, values, mask, scaling=0.2)
+    wide = [tensor.double().repeat_interleave(heads // key_heads, 1) for tensor in (keys, values)]
+    exact = F.scaled_dot_product_attention(query.double(), *wide, attn_mask=mask, scale=0.2).transpose(1, 2)
+    assert found.shape == (rows, 1, heads, size)
+    assert relative_error(found, exact) < 2**-8
+
+
+def test_attention_of_a_prompt_and_one_that_needs_a_gradient_are_torchs():
+    query, keys = random(1, 2, 5, 16), random(1, 2, 5, 16)
+    module = nn.Module()
+    module.is_causal = True
+    expected = F.scaled_dot_product_attention(query, keys, keys, is_causal=True).transpose(1, 2)
+    assert torch.equal(fast_attention(module, query, keys, keys, None)[0], expected)
+    last = query[:, :, -1:].clone().requires_grad_()
+    fast_attention(module, last, keys, keys, None)[0].sum().backward()
+    assert last.grad.abs().sum() > 0
+
+
+def test_gradient_reaches_what_asks_for_one():
+    x, weight = random(2, 1, 576).requires_grad_(), random(1536, 576)
+    fast_linear(x, weight).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_fast_linear_shares_the_weights_of_the_layer_it_stands_for():
+    model = nn.Sequential(nn.Linear(16, 32, dtype=torch.bfloat16))
+    weight = model[0].weight
+    use_kernels(model, cache_folder() / "kernels")
+    assert model[0].weight is weight
+
+
+def test_float32_models_keep_their_layers():
+    model = nn.Sequential(nn.Linear(16, 32))
+    layer = model[0]
+    use_kernels(model, cache_folder() / "kernels")
+    assert model[0] is layer
+
+
+def test_machine_without_a_compiler_keeps_torchs_own_products(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    model = nn.Sequential(nn.Linear(16, 32, dtype=torch.bfloat16))
+    use_kernels(model, tmp_path / "kernels")
+    assert type(model[0]) is nn.Linear
+    assert "could not be compiled" in caplog.text
+    assert list((tmp_path / "kernels").iterdir()) == []
