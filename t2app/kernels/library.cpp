@@ -6,11 +6,15 @@
 #include "linear.h"
 
 TORCH_LIBRARY(t2app, library) {
-  library.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", &t2app::few_rows_linear);
+  library.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def(
       "few_rows_adapted(Tensor x, Tensor weight, Tensor? bias, Tensor vectors, Tensor scales, bool edits_input, Tensor "
-      "delta, int first, int edited) -> Tensor",
-      &t2app::few_rows_adapted);
-  library.def("one_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor",
-              &t2app::one_token_attention);
+      "delta, int first, int edited) -> Tensor");
+  library.def("one_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(t2app, CPU, library) {
+  library.impl("few_rows_linear", &t2app::few_rows_linear);
+  library.impl("few_rows_adapted", &t2app::few_rows_adapted);
+  library.impl("one_token_attention", &t2app::one_token_attention);
 }
