@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from t2app.catalogue import (
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
 from t2app.pictures import PictureError
-from t2app.products import has_bfloat16_arithmetic, use_fast_products
+from t2app.products import has_bfloat16_arithmetic, load_kernel, use_fast_products
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
 from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
 from t2app.weights import CheckpointWeights
@@ -127,6 +128,7 @@ def load_model(
     together = processes()
     precision = resolve_precision(precision, many_rows)
     transformers_logging.disable_progress_bar()
+    kernel = _kernel_ahead(precision, together.device)
     checkpoint = checkpoint_of(name, progress)
     progress("Loading the model", None)
     try:
@@ -156,7 +158,10 @@ def load_model(
     paths = [path for path in identity.ranks if layers(path)]
     bases = _Bases(model, weights, identity.fingerprint, paths, together.device)
     bases.prepare(progress)
-    use_fast_products(model, cache_folder() / "kernels")
+    if kernel is not None and not kernel.done():
+        progress("Compiling the kernel (once)", None)
+        kernel.result()
+    use_fast_products(model, _kernel_folder())
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
     eos = model.generation_config.eos_token_id
@@ -172,6 +177,19 @@ def load_model(
         context_length=model.config.get_text_config().max_position_embeddings,
         processor=processor,
     )
+
+
+def _kernel_folder() -> Path:
+    return cache_folder() / "kernels"
+
+
+def _kernel_ahead(precision: str, device: torch.device) -> Future[bool] | None:
+    """The kernel on its way, where a model in this precision will use it: it takes the compiler as long as the bases
+    take us, and the conversion of a checkpoint before them leaves a processor idle.
+    """
+    if precision == "fp32" or device.type != "cpu":
+        return None
+    return ThreadPoolExecutor(1).submit(load_kernel, _kernel_folder())
 
 
 def processes() -> PartialState:

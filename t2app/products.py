@@ -102,9 +102,7 @@ def use_fast_products(model: nn.Module, kernel_folder: Path) -> None:
         kernel_folder: where the compiled kernel is kept.
     """
     weights = next(model.parameters())
-    if weights.device.type != "cpu" or weights.dtype != torch.bfloat16 or not torch.cpu._is_avx2_supported():
-        return
-    if not _load_kernel(kernel_folder):
+    if weights.device.type != "cpu" or weights.dtype != torch.bfloat16 or not load_kernel(kernel_folder):
         return
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
@@ -131,8 +129,10 @@ def few_rows() -> int:
 
 
 @cache
-def _load_kernel(folder: Path) -> bool:
-    """Make `torch.ops.t2app.few_rows_linear` available; False where it cannot be compiled."""
+def load_kernel(folder: Path) -> bool:
+    """Make `torch.ops.t2app.few_rows_linear` available; False where the CPU lacks AVX2 or it cannot be compiled."""
+    if not torch.cpu._is_avx2_supported():
+        return False
     key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     library = folder / f"few_rows-{key}.so"
     if not library.exists():
