@@ -12,6 +12,7 @@ BENCHES = (
     "products",
     "training",
     "first-pass",
+    "first-token",
     "wordings",
     "search",
     "recommended",
