@@ -120,4 +120,4 @@ def _write_results(options: argparse.Namespace, model: "Model", measured: Sequen
 
     about = f"Greedy answers on the test splits, weights held in {model.precision}. Written by"
     explained = "p is McNemar's exact test against the base model on the same examples."
-    write_markdown(options.results, model.name, options, f"{explained}\n\n{results_table(measured)}", about)
+    write_markdown(options.results, model.name, options.command, f"{explained}\n\n{results_table(measured)}", about)

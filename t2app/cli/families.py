@@ -34,7 +34,7 @@ def families(options: argparse.Namespace) -> None:
     if not options.json:
         print(table)
     if options.results is not None:
-        write_markdown(options.results, "Families", options, table)
+        write_markdown(options.results, "Families", options.command, table)
     broken = [name for name, checks in kept.items() if not all(outcome.kept for outcome in checks.values())]
     broken += [name for name, sentence in refused.items() if sentence is None]
     if broken:

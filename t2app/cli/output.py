@@ -1,6 +1,5 @@
 """What several commands print or write alike."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,12 +30,13 @@ def print_accuracies(accuracies: Sequence["Accuracy"], as_json_lines: bool) -> N
         print_json(asdict(row) | {"accuracy": row.accuracy, "low": low, "high": high})
 
 
-def write_markdown(file: Path, title: str, options: argparse.Namespace, text: str, about: str = "") -> None:
+def write_markdown(file: Path, title: str, command: str, text: str, about: str = "") -> None:
     """A title, the command that measured what follows, and the text.
 
     Args:
+        command: as it was given after `python -m t2app`.
         about: what is said of it before the command.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    command = f"```bash\npython -m t2app {options.command}\n```"
-    file.write_text("\n\n".join(filter(None, (f"# {title}", about, command, text))), encoding="utf-8")
+    parts = (f"# {title}", about, f"```bash\npython -m t2app {command}\n```", text)
+    file.write_text("\n\n".join(filter(None, parts)), encoding="utf-8")

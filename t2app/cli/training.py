@@ -143,4 +143,4 @@ def ablate(options: argparse.Namespace) -> None:
     if not options.json:
         print(ablation_table(rows))
     if options.results is not None:
-        write_markdown(options.results, f"Ablation on {options.task}", options, ablation_table(rows))
+        write_markdown(options.results, f"Ablation on {options.task}", options.command, ablation_table(rows))
