@@ -1,5 +1,7 @@
 """What `bench start` and `bench first-token` measure is what they say."""
 
+import pytest
+
 from t2app.bench.first_token import _PROMPTS, _prompts, bench_first_token
 from t2app.bench.start import _start
 from t2app.catalogue import DEFAULT_MODEL
@@ -10,6 +12,11 @@ def test_cold_start_makes_everything_anew_and_ends_with_an_answer(tiny_folder, t
     cold = _start(("--model", str(tiny_folder)), {"T2_CACHE_DIR": str(cache)})
     assert 0 < cold.served < cold.answered and cold.peak_memory > 0
     assert list(cache.glob("kernels/*.so"))
+
+
+def test_start_without_an_answer_is_no_figure():
+    with pytest.raises(RuntimeError, match="the model 'no-such/model' cannot be loaded"):
+        _start(("--model", "no-such/model"), {"HF_HUB_OFFLINE": "1"})
 
 
 def test_prompts_are_different_ones_of_64_tokens(real):

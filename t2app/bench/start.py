@@ -35,6 +35,7 @@ def bench_start(model_name: str, precision: str) -> Iterator[Figure]:
     is converted, the bases are computed and the kernel is compiled; `answered_seconds` is the same with a warm cache.
 
     Raises:
+        RuntimeError: the app does not start, or cannot answer.
         ModelError: the download of a model out of a wheel cannot be had.
     """
     options = ("--model", model_name, "--precision", precision)
@@ -68,8 +69,15 @@ def _start(options: tuple[str, ...], environment: Mapping[str, str]) -> _Start:
 
 
 def _answer(app: "ServedApp") -> None:
-    """Ask the page a question, and wait until both answers are complete."""
-    Client(app.url, verbose=False).predict(prompt="Compute 12 + 7.", api_name="/answer")
+    """Ask the page a question, and wait until both answers are complete.
+
+    Raises:
+        RuntimeError: the page says that it cannot answer.
+    """
+    shown = Client(app.url, verbose=False).predict(prompt="Compute 12 + 7.", api_name="/answer")
+    # As the page begins each of its sentences about what went wrong.
+    if failures := [text for text in shown if isinstance(text, str) and text.startswith("⚠️")]:
+        raise RuntimeError(f"the app did not answer: {failures[0]}")
 
 
 def _download(model_name: str, folder: Path) -> dict[str, str]:
