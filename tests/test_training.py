@@ -15,8 +15,8 @@ from t2app.experts import load_expert
 from t2app.models import load_model
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths, linear_layer
 from t2app.tasks import Example
-from t2app.training import Trainer, TrainingSettings
-from t2app.training.trainer import _advantages
+from t2app.training.settings import TrainingSettings
+from t2app.training.trainer import Trainer, _advantages
 
 
 class EvenLength:

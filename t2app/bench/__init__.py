@@ -1,28 +1,27 @@
-"""What things cost, by the name that the command line uses; one file a bench."""
+"""What things cost, by the name that the command line uses; one file a bench, imported when it runs."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
-from t2app.bench.basis import bench_basis
-from t2app.bench.decode import bench_decode
-from t2app.bench.edit import bench_edit
 from t2app.bench.figure import Figure
-from t2app.bench.first_pass import bench_first_pass
-from t2app.bench.products import bench_products
-from t2app.bench.recommended import bench_recommended
-from t2app.bench.search import bench_search
-from t2app.bench.start import bench_start
-from t2app.bench.training import bench_training
-from t2app.bench.wordings import bench_wordings
 
-BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
-    "decode": bench_decode,
-    "edit": bench_edit,
-    "start": bench_start,
-    "products": bench_products,
-    "training": bench_training,
-    "first-pass": bench_first_pass,
-    "wordings": bench_wordings,
-    "search": bench_search,
-    "recommended": bench_recommended,
-    "basis": bench_basis,
-}
+# `first-pass` is the function `bench_first_pass` of `first_pass.py`, and so on.
+BENCHES = (
+    "decode",
+    "edit",
+    "start",
+    "products",
+    "training",
+    "first-pass",
+    "first-token",
+    "wordings",
+    "search",
+    "recommended",
+    "basis",
+)
+
+
+def bench_named(name: str) -> Callable[[str, str], Iterator[Figure]]:
+    """The bench of a name of `BENCHES`: it takes a model's name and a precision, and yields its figures."""
+    module = name.replace("-", "_")
+    return getattr(import_module(f"t2app.bench.{module}"), f"bench_{module}")

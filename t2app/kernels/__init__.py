@@ -13,7 +13,7 @@ from t2app.kernels.attention import use_fast_attention
 from t2app.kernels.build import load_kernels
 from t2app.kernels.linear import FEW_ROWS, FastLinear, has_bfloat16_arithmetic, is_few, pack_vectors, use_fast_linears
 
-__all__ = ["FEW_ROWS", "FastLinear", "has_bfloat16_arithmetic", "is_few", "pack_vectors", "use_kernels"]
+__all__ = ["FEW_ROWS", "FastLinear", "has_bfloat16_arithmetic", "is_few", "load_kernels", "pack_vectors", "use_kernels"]
 
 
 def use_kernels(model: nn.Module, folder: Path) -> None:

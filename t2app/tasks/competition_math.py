@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from math_verify import parse, verify
-
 from t2app.categories import CATEGORIES
 from t2app.tasks.benchmark_data import only_test, rows
 from t2app.tasks.task import Example
@@ -30,4 +28,6 @@ class CompetitionMath:
         ]
 
     def is_right(self, example: Example, answer: str) -> bool:
+        from math_verify import parse, verify  # here, because it brings sympy, which takes a second to import
+
         return verify(parse(f"\\boxed{{{example.answer}}}"), parse(answer))

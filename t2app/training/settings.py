@@ -54,7 +54,7 @@ class TrainingSettings:
 
 
 class Preset(NamedTuple):
-    """Settings that go together, and which linear layers they are for: a name of `cli.LAYERS`."""
+    """Settings that go together, and which linear layers they are for: a name of `cli.training.LAYERS`."""
 
     settings: TrainingSettings
     layers: str

@@ -1,0 +1,51 @@
+"""What `bench --out` writes: the figures as they were measured, with the machine and without whose it is."""
+
+import json
+import platform
+import re
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from t2app.bench import BENCHES, bench_named
+from t2app.bench.figure import Figure
+from t2app.bench.report import report, without_folders
+from t2app.cli import main
+
+
+def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
+    file = tmp_path / "new" / "BENCH.md"
+    for bench in ("decode", "products"):
+        main(["bench", bench, "--precision", "bf16", "--json", "--out", str(file)])
+        printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines()]
+        rows = [row for row in written if len(row) == 7][2:]
+        numbers = ("value", "min", "max")
+        assert rows == [
+            [row["bench"], row["figure"], *(f"{row[key]:.4g}" for key in numbers), str(row["n"]), row["unit"]]
+            for row in printed
+        ]
+        assert {row["bench"] for row in printed} == {bench}
+    text = file.read_text()
+    assert f"python -m t2app bench products --precision bf16 --json --out {file.name}" in text
+    assert str(tmp_path) not in text
+
+
+def test_machine_is_told_but_not_whose_it_is():
+    text = report([Figure("basis", "error", 1.0, 0.5, 2.0, 3, "max |VᵀV − I|")], ["basis"], "a-model", "fp32")
+    assert f"torch {torch.__version__}" in text and date.today().isoformat() in text
+    assert "- model: a-model, held in fp32\n" in text
+    assert "| basis | error | 1 | 0.5 | 2 | 3 | max \\|VᵀV − I\\| |" in text
+    assert not re.search(rf"\b{re.escape(platform.node())}\b", text) and str(Path.home()) not in text
+
+
+def test_every_bench_says_in_one_line_what_it_measures():
+    lines = [bench_named(name).__doc__.splitlines()[0] for name in BENCHES]
+    assert all(line.endswith(".") for line in lines) and len(set(lines)) == len(BENCHES)
+
+
+def test_paths_of_this_machine_are_left_out_of_a_command():
+    words = ["bench", "--out=/data/BENCH.md", "--model", "/models/tiny", "--precision", "bf16", "assets/BENCH.md"]
+    expected = ["bench", "--out=BENCH.md", "--model", "tiny", "--precision", "bf16", "assets/BENCH.md"]
+    assert without_folders(words) == expected
