@@ -86,6 +86,28 @@ def whole_run(tiny, tmp_path_factory) -> tuple[Trainer, list]:
     return trainer, list(trainer.run())
 
 
+def test_training_that_starts_from_an_expert_goes_on_from_it(tiny, whole_run, tmp_path):
+    first, _ = whole_run
+    expert = load_expert(first.file, tiny.identity)
+    further = Trainer(tiny, EvenLength(), replace(SETTINGS, steps=2), tmp_path, "even", expert)
+    begun = {path: z - 1 for path, z in expert.z.items()}
+    assert_same(values(further), begun)
+    start, *steps = further.run()
+    assert start.validation == first.best and further.base_validation == first.base_validation
+    assert len(steps) == 2 and further.best >= first.best
+    assert any(not torch.equal(value, begun[path]) for path, value in values(further).items())
+    assert load_expert(further.file, tiny.identity).training["start"].startswith("even (")
+    with pytest.raises(ValueError, match="other settings"):
+        Trainer(tiny, EvenLength(), replace(SETTINGS, steps=2), tmp_path, "even")
+
+
+def test_expert_of_other_layers_than_are_trained_is_refused_as_a_start(tiny, whole_run, tmp_path):
+    expert = load_expert(whole_run[0].file, tiny.identity)
+    fewer = replace(expert, z=dict(islice(expert.z.items(), 3)))
+    with pytest.raises(ValueError, match="adapts 3 layers"):
+        Trainer(tiny, EvenLength(), SETTINGS, tmp_path, "even", fewer)
+
+
 def test_group_advantage_is_the_reward_against_its_group_in_units_of_its_spread():
     right = torch.tensor([[True, False, False, False], [True, True, True, True], [False] * 4])
     advantages = _advantages(right, "group")

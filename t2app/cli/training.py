@@ -33,6 +33,9 @@ def add_train(commands: Commands) -> None:
     command.add_argument("--preset", choices=PRESETS, default="default", help="settings that the others then change")
     command.add_argument("--layers", choices=LAYERS, help="adapt all linear layers of the blocks, or those of the MLP")
     command.add_argument(
+        "--start", type=Path, metavar="FILE", help="an expert's .safetensors file to train further, not the base model"
+    )
+    command.add_argument(
         "--lora", type=count, metavar="RANK", help="train a LoRA of this rank instead of an expert, for comparison"
     )
     defaults = PRESETS["default"].settings
@@ -114,6 +117,7 @@ def train(options: argparse.Namespace) -> None:
 
 def _trainer(options: argparse.Namespace, task: Task) -> "Trainer":
     """The training of an expert, or of a LoRA, that the options ask for."""
+    from t2app.experts import load_expert
     from t2app.spectral import is_mlp_path
     from t2app.training.trainer import Trainer
 
@@ -123,7 +127,11 @@ def _trainer(options: argparse.Namespace, task: Task) -> "Trainer":
     layers = {"mlp": is_mlp_path, "all": lambda path: True}[options.layers or preset.layers]
     name = options.name or task.label
     if options.lora is None:
-        return Trainer(load(options, many_rows=True, layers=layers), task, settings, options.out, name)
+        model = load(options, many_rows=True, layers=layers)
+        start = None if options.start is None else load_expert(options.start, model.identity)
+        return Trainer(model, task, settings, options.out, name, start)
+    if options.start is not None:
+        raise ValueError("a LoRA starts at the base model; leave out --start or --lora")
     from t2app.training.lora import LoraTrainer, with_lora  # here, because peft takes seconds to import
 
     model = load(options, many_rows=True, layers=lambda path: False)

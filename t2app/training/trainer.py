@@ -65,15 +65,28 @@ class Trainer:
         model: its adapted layers are the ones that are trained.
         out: the folder; a training that was cut off there is resumed, if its settings are the same.
         name: the expert's name.
+        start: an expert to train further; None starts at the base model.
 
     Raises:
-        ValueError: the folder holds a training with other settings, or there are more processes than prompts a step.
+        ValueError: the folder holds a training with other settings, there are more processes than prompts a step, or
+            the layers of `start` are not those that are trained.
     """
 
-    def __init__(self, model: Model, task: Task, settings: TrainingSettings, out: Path, name: str):
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        settings: TrainingSettings,
+        out: Path,
+        name: str,
+        start: Expert | None = None,
+    ):
         self.model, self.task, self.settings, self.out, self.name = model, task, settings, out, name
+        self.start = start
         self.processes = processes()
         self.parameters = model.adapted.trainable()
+        if start is not None:
+            self._begin_at(start)
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate)
         self.step = 0
         self.best = 0.0
@@ -101,22 +114,23 @@ class Trainer:
         return self.out / f"{self.name}.safetensors"
 
     def run(self) -> Iterator[TrainingStep]:
-        """Train to the last step, yielding each; the first validation, of the base model, is step 0."""
+        """Train to the last step, yielding each; the first validation, of where it starts, is step 0."""
         if self.step == 0:
-            self.base_validation = self.best = self._validate()
+            self.base_validation = self._validate(None)
+            self.best = self.base_validation if self.start is None else self._validate(self._mixture())
             self._save_best()
             yield self._logged(TrainingStep(0, None, None, 0.0, 0.0, 0.0, self.best))
         settings = self.settings
         while self.step < self.last_step:
             started = time.perf_counter()
             self.step += 1
-            if self.step == settings.warm_start_steps + 1:
+            if settings.warm_start_steps and self.step == settings.warm_start_steps + 1:
                 # The warm start is where reinforcement learning begins, and no rival of it.
                 self.best = self.base_validation
             step = self._imitation_step() if self.step <= settings.warm_start_steps else self._reinforcement_step()
             accuracy = None
             if self.step % settings.validate_every == 0 or self.step in (settings.warm_start_steps, self.last_step):
-                accuracy = self._validate()
+                accuracy = self._validate(self._mixture())
             seconds = time.perf_counter() - started
             self.seconds += seconds
             if accuracy is not None:
@@ -248,9 +262,18 @@ class Trainer:
             loss = loss + self.settings.kl_weight * (0.5 * (base - logs).square() * mask).sum()
         return loss
 
-    def _validate(self) -> float:
+    def _begin_at(self, start: Expert) -> None:
+        if set(start.z) != set(self.parameters):
+            raise ValueError(
+                f"the expert '{start.name}' adapts {len(start.z)} layers; {len(self.parameters)} are to be trained: "
+                "train those of the expert (--layers)"
+            )
+        for path, z in start.z.items():
+            self.parameters[path].data.copy_(z - 1)
+
+    def _validate(self, mixture: Mapping[str, Tensor] | None) -> float:
         mine = self._share(self.validation)
-        [measured] = evaluate(self.model, self.task, mine, {self.name: [self._mixture()] * len(mine)})
+        [measured] = evaluate(self.model, self.task, mine, {self.name: [mixture] * len(mine)})
         [correct] = self._totals(measured.correct)
         return correct / len(self.validation)
 
@@ -276,6 +299,8 @@ class Trainer:
     def _facts(self) -> dict[str, object]:
         """Settings and circumstances of the training, as a card tells them."""
         facts = asdict(self.settings) | {"task": self.task.name, "best_step": self.best_step}
+        if self.start is not None:
+            facts["start"] = f"{self.start.name} ({self.start.fingerprint[:16]}…)"
         return facts | {"precision": self.model.precision, "seconds": round(self.seconds)}
 
     def _validation_accuracies(self) -> tuple[Measurement, ...]:
@@ -331,6 +356,7 @@ class Trainer:
         return settings | {
             "task": self.task.name,
             "weights": self.model.identity.fingerprint,
+            "start": None if self.start is None else self.start.fingerprint,
             "parameters": {path: list(parameter.shape) for path, parameter in self.parameters.items()},
         }
 
