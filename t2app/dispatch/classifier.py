@@ -1,14 +1,17 @@
 """Dispatch by the classification expert (paper, section 3.2): the question that it was trained on, asked under its z.
 
-Whole labels are scored, as in the prompt-based dispatch, but as the answer in a chat: so it was trained.
+Whole labels are scored, as in the prompt-based dispatch, but as the answer in a chat: so it was trained. What all
+questions begin with is computed once a model.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 
 from t2app.categories import CLASSIFIER, LABELS, question
-from t2app.decoding import answer_log_probabilities
+from t2app.decoding import Prefix, answer_log_probabilities, compute_prefix
 from t2app.dispatch.dispatcher import Decision, decision_for
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.experts import mix
@@ -25,8 +28,12 @@ class ClassifierDispatch:
 
     def __init__(self, model: Model):
         self._model = model
-        self._labels = [model.tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
         self._instead = PromptDispatch(model) if model.classifier is None else None
+        if model.classifier is not None:
+            self._labels = [model.tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
+            self._mixture = mix([model.classifier], {model.classifier.name: 1.0})
+            self._beginning = _alike(model.prompt_ids(question("A")), model.prompt_ids(question("b")))
+            self._prefix = self._computed(self._beginning)
 
     def decide(self, prompt: str) -> Decision:
         if self._instead is not None:
@@ -36,10 +43,23 @@ class ClassifierDispatch:
         return decision_for(max(probabilities, key=probabilities.__getitem__), probabilities, self._model.experts)
 
     @torch.inference_mode()
+    def _computed(self, beginning: Sequence[int]) -> Prefix | None:
+        """What all questions begin with, computed once."""
+        return compute_prefix(self._model.adapted, beginning, [self._mixture]) if beginning else None
+
+    @torch.inference_mode()
     def _scores(self, prompt: str) -> torch.Tensor:
         """Log-probability of every label as the answer of the classification expert, (labels,)."""
-        expert = self._model.classifier
-        asked = self._model.prompt_ids(question(prompt))
-        mixture = mix([expert], {expert.name: 1.0})
-        logs, mask = answer_log_probabilities(self._model.adapted, [asked], [self._labels], [mixture])
+        asked, prefix = self._model.prompt_ids(question(prompt)), None
+        # A tokenizer may join the prompt's first characters with what comes before them.
+        if self._prefix is not None and asked[: self._prefix.length] == self._beginning:
+            asked, prefix = asked[self._prefix.length :], self._prefix
+        logs, mask = answer_log_probabilities(
+            self._model.adapted, [asked], [self._labels], [self._mixture], prefix=prefix
+        )
         return (logs * mask).sum(1).float()
+
+
+def _alike(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """The tokens that both begin with."""
+    return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
