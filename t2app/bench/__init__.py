@@ -9,6 +9,7 @@ from t2app.bench.first_pass import bench_first_pass
 from t2app.bench.products import bench_products
 from t2app.bench.recommended import bench_recommended
 from t2app.bench.search import bench_search
+from t2app.bench.serve import bench_serve
 from t2app.bench.start import bench_start
 from t2app.bench.training import bench_training
 from t2app.bench.wordings import bench_wordings
@@ -23,4 +24,5 @@ BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
     "search": bench_search,
     "recommended": bench_recommended,
     "basis": bench_basis,
+    "serve": bench_serve,
 }
