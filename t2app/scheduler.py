@@ -10,6 +10,7 @@ overtaken by nobody. This file knows token ids and mixtures, and nothing of prom
 """
 
 import atexit
+import ctypes
 import gc
 import queue
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -33,6 +35,8 @@ from t2app.vision import PictureInputs
 _PATIENCE_SECONDS = 0.3
 # How long the thread stays with nothing to do: the next request mostly follows soon.
 _IDLE_SECONDS = 5.0
+# OpenMP's number for resources that are had again when they are needed.
+_OMP_PAUSE_SOFT = 1
 # Of the memory that the model leaves free: joining rows needs room for what is there and for what comes of it.
 _CACHE_SHARE = 0.5
 
@@ -167,6 +171,8 @@ class Caller:
 class Scheduler:
     """Runs a model for all callers, on one thread that is there while there is something to do.
 
+    It is made by the thread that loaded the model, which is expected to compute nothing more.
+
     Attributes:
         closed: whether nobody new is let in.
         serving: the caller whose work is run at the moment, None where there is none.
@@ -190,6 +196,7 @@ class Scheduler:
         # Touched by the thread alone: the batch, and whose its rows are, by the row's number: the request and its row.
         self._batch = Batch(adapted, eos_ids)
         self._running: dict[int, tuple[_Request, int]] = {}
+        leave_cores()
 
     def most_tokens(self, rows: int) -> int:
         """How many tokens a prompt and its answer may have together where they are decoded in so many rows."""
@@ -368,6 +375,17 @@ def cache_bytes_per_token(adapted: SpectralModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size * adapted.model.dtype.itemsize
+
+
+def leave_cores() -> None:
+    """End the threads that torch has computed with on behalf of this one.
+
+    OpenMP (GCC's, which torch comes with on Linux) keeps a team of them for every thread that has computed. Once all
+    teams together are larger than the number of cores, their members go to sleep after each operation, and a step takes
+    nearly twice as long.
+    """
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        ctypes.CDLL(str(library)).omp_pause_resource_all(_OMP_PAUSE_SOFT)
 
 
 def free_memory() -> None:

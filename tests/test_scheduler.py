@@ -1,6 +1,8 @@
 """Many callers at once: their rows in one batch of the real model in fp32, who waits for whom, and what is refused."""
 
+import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +18,7 @@ from t2app.engine import Engine, EngineError, PromptError
 from t2app.families import random_model
 from t2app.messages import MANUAL, Finished, Limits, Sampling, Token, Waiting
 from t2app.models import Model
-from t2app.scheduler import FairQueue, Scheduler, cache_bytes_per_token
+from t2app.scheduler import FairQueue, Scheduler, cache_bytes_per_token, leave_cores
 from t2app.spectral import Deltas, SpectralModel
 
 QUESTIONS = (
@@ -456,3 +458,21 @@ def test_closed_scheduler_holds_nothing_of_the_model():
         assert len(list(caller.decode([5, 6, 7], [None], Sampling(max_new_tokens=4)))) == 5
     scheduler.close()
     assert freed() is None and not any(thread.name == "scheduler" for thread in threading.enumerate())
+
+
+def test_thread_that_loaded_the_model_leaves_the_cores_to_the_one_that_runs_it():
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        torch.ones(2_000_000).add_(1)
+        computing = threads()
+        leave_cores()
+        deadline = time.monotonic() + PATIENCE
+        while threads() > computing - 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threads() <= computing - 3
+    finally:
+        torch.set_num_threads(before)
