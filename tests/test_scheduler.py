@@ -258,8 +258,8 @@ def test_user_with_many_requests_does_not_keep_others_waiting(start, asked):
 
 
 def test_request_that_is_too_large_for_now_is_not_overtaken(start, real, asked):
-    large = short(asked[2], 60)
-    room = 2 * (len(large.prompt) + 60) * cache_bytes_per_token(real.adapted)
+    large = short(asked[2], 24)
+    room = 2 * (len(large.prompt) + 24) * cache_bytes_per_token(real.adapted)
     scheduler = start(Limits(cache_bytes=room), eos_ids=())
     requests = [("first", short(asked[0])), ("large", large), *((f"small {n}", short(asked[1])) for n in range(3))]
     assert in_the_order_of_their_end(scheduler, requests)[:2] == ["first", "large"]
@@ -268,7 +268,7 @@ def test_request_that_is_too_large_for_now_is_not_overtaken(start, real, asked):
 def test_no_more_is_decoded_at_a_time_than_the_limits_allow(start, real, asked, passes):
     tokens = max(len(request.prompt) + request.sampling.max_new_tokens for request in asked)
     for limits, most_rows in (
-        (Limits(rows=5), 4),
+        (Limits(rows=5), 5),
         (Limits(cache_bytes=6 * tokens * cache_bytes_per_token(real.adapted)), 6),
     ):
         passes.clear()
@@ -352,9 +352,10 @@ class Slow:
     name = "slow"
 
     def __init__(self):
-        self.end = threading.Event()
+        self.begun, self.end = threading.Event(), threading.Event()
 
     def decide(self, prompt: str) -> Decision:
+        self.begun.set()
         assert self.end.wait(PATIENCE)
         return Decision(None, {})
 
@@ -403,6 +404,7 @@ def busy(tiny) -> Iterator[tuple[Engine, Slow, Callable[[], list]]]:
     engine, slow, events = Engine(tiny, Limits(rows=2)), Slow(), []
     thread = threading.Thread(target=lambda: events.extend(answer(engine, slow, user="busy")))
     thread.start()
+    assert slow.begun.wait(PATIENCE)
 
     def finished() -> list:
         slow.end.set()
