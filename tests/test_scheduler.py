@@ -453,13 +453,13 @@ def test_engine_that_closes_answers_those_who_wait_and_nobody_else(busy):
 
 
 def test_closed_scheduler_holds_nothing_of_the_model():
-    model = random_model(SLIDING)
+    model, threads = random_model(SLIDING), set(threading.enumerate())
     scheduler, freed = Scheduler(SpectralModel(model, {}), (), Limits()), weakref.ref(model)
     del model
     with scheduler.caller("somebody") as caller:
         assert len(list(caller.decode([5, 6, 7], [None], Sampling(max_new_tokens=4)))) == 5
     scheduler.close()
-    assert freed() is None and not any(thread.name == "scheduler" for thread in threading.enumerate())
+    assert freed() is None and not set(threading.enumerate()) - threads
 
 
 def test_thread_that_loaded_the_model_leaves_the_cores_to_the_one_that_runs_it():
