@@ -100,15 +100,34 @@ def start(real) -> Iterator[Callable[..., Scheduler]]:
         yield make
 
 
-def read(scheduler: Scheduler, asked: Asked, user: str = "somebody") -> list[list[int]]:
-    """The tokens of every row of a request."""
-    rows = [[] for _ in asked.mixtures]
-    with scheduler.caller(user) as caller:
-        for step in caller.decode(asked.prompt, asked.mixtures, asked.sampling):
-            if not isinstance(step, Waiting):
-                for row, token in step.items():
-                    rows[row].append(token)
-    return rows
+def answered_together(scheduler: Scheduler, requests: Sequence[tuple[str, Asked]]) -> list[list[list[int]]]:
+    """The tokens of every row of requests, by user, that come in this order while the scheduler is busy."""
+    answers, busy = [[[] for _ in request.mixtures] for _, request in requests], threading.Event()
+
+    def ask(number: int, waits: threading.Event) -> None:
+        user, request = requests[number]
+        with scheduler.caller(user) as caller:
+            for step in caller.decode(request.prompt, request.mixtures, request.sampling):
+                if isinstance(step, Waiting):
+                    waits.set()
+                else:
+                    for row, token in step.items():
+                        answers[number][row].append(token)
+
+    with scheduler.caller("busy") as caller:
+        work = caller.submit(busy.wait)
+        while not work.running():
+            time.sleep(0.001)
+        threads = []
+        for number in range(len(requests)):
+            waits = threading.Event()
+            threads.append(threading.Thread(target=ask, args=(number, waits)))
+            threads[-1].start()
+            assert waits.wait(PATIENCE)
+        busy.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    return answers
 
 
 def at_once(*calls: Callable[[], object]) -> list:
@@ -185,8 +204,8 @@ def test_sliding_windows_are_joined_and_trimmed_as_whole_contexts_are():
 
 
 def test_callers_at_once_are_given_what_each_is_given_alone(start, asked, passes):
-    scheduler = start()
-    assert at_once(*(lambda request=request: read(scheduler, request) for request in asked)) == [r.alone for r in asked]
+    requests = [(f"user {number}", request) for number, request in enumerate(asked)]
+    assert answered_together(start(), requests) == [request.alone for request in asked]
     assert max(rows for rows, _, _ in passes) > 2, "they were answered one after another"
 
 
@@ -222,47 +241,36 @@ def test_users_take_turns_and_each_is_served_in_its_own_order():
     assert taken == ["greedy 0", "late 0", "greedy 2", "late 1", "greedy 3", "greedy 4"]
 
 
-def in_the_order_of_their_end(scheduler: Scheduler, requests: Sequence[tuple[str, Asked]]) -> list[str]:
-    """The users of requests that come in this order while the scheduler is busy, in the order in which they end."""
-    ended, busy = [], threading.Event()
-
-    def ask(user: str, request: Asked, waits: threading.Event) -> None:
-        with scheduler.caller(user) as caller:
-            for step in caller.decode(request.prompt, request.mixtures, request.sampling):
-                if isinstance(step, Waiting):
-                    waits.set()
-        ended.append(user)
-
-    with scheduler.caller("busy") as caller:
-        caller.submit(busy.wait)
-        threads = []
-        for user, request in requests:
-            waits = threading.Event()
-            threads.append(threading.Thread(target=ask, args=(user, request, waits)))
-            threads[-1].start()
-            assert waits.wait(PATIENCE)
-        busy.set()
-        for thread in threads:
-            thread.join(PATIENCE)
-    return ended
-
-
 def short(request: Asked, tokens: int = 3) -> Asked:
     return replace(request, sampling=Sampling(max_new_tokens=tokens))
 
 
-def test_user_with_many_requests_does_not_keep_others_waiting(start, asked):
-    scheduler = start(Limits(rows=2), eos_ids=())
-    requests = [("greedy", short(asked[0]))] * 4 + [("other", short(asked[1]))]
-    assert in_the_order_of_their_end(scheduler, requests) == ["greedy", "other", "greedy", "greedy", "greedy"]
+@pytest.fixture
+def let_in(real) -> Iterator[list[list[int]]]:
+    """Grows by every prompt that is run."""
+    prompts = []
+
+    def note(module, arguments, options) -> None:
+        if options["input_ids"].shape[1] > 1:
+            prompts.append(options["input_ids"][0].tolist())
+
+    hook = real.adapted.model.register_forward_pre_hook(note, with_kwargs=True)
+    yield prompts
+    hook.remove()
 
 
-def test_request_that_is_too_large_for_now_is_not_overtaken(start, real, asked):
-    large = short(asked[2], 24)
+def test_user_with_many_requests_does_not_keep_others_waiting(start, asked, let_in):
+    mine, other = short(asked[0]), short(asked[1])
+    answered_together(start(Limits(rows=2), eos_ids=()), [*[("greedy", mine)] * 4, ("other", other)])
+    assert let_in == [mine.prompt, other.prompt, mine.prompt, mine.prompt, mine.prompt]
+
+
+def test_request_that_is_too_large_for_now_is_not_overtaken(start, real, asked, let_in):
+    first, large, small = short(asked[0]), short(asked[2], 24), short(asked[1])
     room = 2 * (len(large.prompt) + 24) * cache_bytes_per_token(real.adapted)
-    scheduler = start(Limits(cache_bytes=room), eos_ids=())
-    requests = [("first", short(asked[0])), ("large", large), *((f"small {n}", short(asked[1])) for n in range(3))]
-    assert in_the_order_of_their_end(scheduler, requests)[:2] == ["first", "large"]
+    requests = [("first", first), ("large", large), *((f"small {number}", small) for number in range(3))]
+    answered_together(start(Limits(cache_bytes=room), eos_ids=()), requests)
+    assert let_in == [first.prompt, large.prompt, *[small.prompt] * 3]
 
 
 def test_no_more_is_decoded_at_a_time_than_the_limits_allow(start, real, asked, passes):
@@ -272,8 +280,7 @@ def test_no_more_is_decoded_at_a_time_than_the_limits_allow(start, real, asked, 
         (Limits(cache_bytes=6 * tokens * cache_bytes_per_token(real.adapted)), 6),
     ):
         passes.clear()
-        scheduler = start(limits)
-        answers = at_once(*(lambda request=request: read(scheduler, request) for request in asked))  # noqa: B023
+        answers = answered_together(start(limits), [("somebody", request) for request in asked])
         assert answers == [request.alone for request in asked]
         assert 2 < max(rows for rows, _, _ in passes) <= most_rows
         assert all(rows * seen <= 6 * tokens for rows, seen, _ in passes)
