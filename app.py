@@ -4,6 +4,7 @@ import argparse
 
 from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 from t2app.loading import EngineLoader
+from t2app.messages import Limits
 from t2app.ui import CSS, THEME, build_page
 
 
@@ -16,8 +17,20 @@ def main() -> None:
     parser.add_argument("--experts-of", metavar="NAME", help=EXPERTS_OF_HELP)
     parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also serve the page under a public Gradio address")
+    parser.add_argument(
+        "--rows", type=int, default=Limits.rows, help="rows that are decoded at a time at most; an answer has two"
+    )
+    parser.add_argument(
+        "--cache-mib",
+        type=int,
+        help="memory for the keys and values of all of them (default: half of what the model leaves free)",
+    )
     arguments = parser.parse_args()
-    loader = EngineLoader(arguments.model, arguments.precision, arguments.experts_of)
+    try:
+        limits = Limits(arguments.rows, None if arguments.cache_mib is None else arguments.cache_mib * 2**20)
+    except ValueError as error:
+        parser.error(str(error))
+    loader = EngineLoader(arguments.model, arguments.precision, arguments.experts_of, limits)
     page = build_page(loader)
     page.launch(server_port=arguments.port, share=arguments.share, theme=THEME, css=CSS, prevent_thread_lock=True)
     # Only now, so that the imports of torch do not compete with the page for the processor.

@@ -1,13 +1,15 @@
 """Batched decoding in which every row has its own prompt, mixture and random generator, and scoring of given answers.
 
-One forward pass a token serves all rows: base and adapted answers of the page, the samples of a training step, the
-problems of an evaluation. A row stops at its end of turn and leaves the batch. What prompts of one mixture begin with
-alike, as their chat template makes them, is computed once for all of them. This file knows token ids and mixtures; text
-appears only where `TextStream` turns one row's tokens into pieces that can be shown.
+One forward pass a token serves all rows: the answers that are being written for the page, the samples of a training
+step, the problems of an evaluation. A row stops at its end of turn and leaves the batch; others may join it between two
+steps. What prompts of one mixture begin with alike, as their chat template makes them, is computed once for all of
+them. This file knows token ids and mixtures; text appears only where `TextStream` turns one row's tokens into pieces
+that can be shown.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -22,7 +24,7 @@ from transformers.generation.logits_process import (
 
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
-from t2app.spectral import Deltas, SpectralModel, execution_device
+from t2app.spectral import Deltas, RowDeltas, SpectralModel, execution_device
 from t2app.vision import PictureInputs, picture_arguments, take_position_shift
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
@@ -61,12 +63,240 @@ def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequenc
     mixtures = _distinct(mixtures)
     cache = GrowingCache(adapted.model.config)
     with adapted.rows(mixtures):
-        _forward(adapted, torch.tensor([ids] * len(mixtures), device=_device(adapted)), None, cache)
+        _forward(adapted, torch.tensor([ids] * len(mixtures), device=_device(adapted)), _Context(cache, None))
     return Prefix(len(ids), mixtures, cache)
 
 
-# As a decorator the mode is entered for each step only, and so never leaks into the code that reads the stream.
-@torch.inference_mode()
+@dataclass
+class _Context:
+    """What the rows of a batch have seen.
+
+    Attributes:
+        cache: keys and values of it.
+        mask: (rows, tokens), 1 where there is a token; None where nothing is padded.
+    """
+
+    cache: GrowingCache
+    mask: Tensor | None
+
+    def repeat(self, samples: int) -> None:
+        """Every row `samples` times, one beside the other."""
+        if samples > 1:
+            self.cache.batch_repeat_interleave(samples)
+            self.mask = None if self.mask is None else self.mask.repeat_interleave(samples, 0)
+
+    def extend(self, tokens: int) -> None:
+        """So many tokens more of every row are going to be seen."""
+        if self.mask is not None:
+            self.mask = nn.functional.pad(self.mask, (0, tokens), value=1)
+
+    def select(self, kept: Sequence[int]) -> None:
+        """Keep these rows, and no padding that all of them share."""
+        index = torch.tensor(kept)  # on the CPU: the blocks' caches may lie on several devices
+        self.cache.batch_select_indices(index)
+        if self.mask is None:
+            return
+        self.mask = self.mask[index]
+        if padding := int(self.mask.any(0).int().argmax()):
+            self.mask = self.mask[:, padding:]
+            _trim(self.cache, padding)
+        if bool(self.mask.all()):
+            self.mask = None
+
+    def joined(self, other: "_Context", order: Sequence[int], device: torch.device) -> "_Context":
+        """These rows and the other's after them, in this order then; those that have seen less are padded on the left.
+
+        The tensors are new ones: where memory for them is lacking, both are left as they were.
+        """
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer, others in zip(cache.layers, other.cache.layers, strict=True):
+            layer.keys = _stacked(layer.keys, others.keys, order, dim=2)
+            layer.values = _stacked(layer.values, others.values, order, dim=2)
+            if layer.is_sliding:
+                layer.cumulative_length = max(layer.get_seq_length(), others.get_seq_length())
+        if self.mask is None and other.mask is None and self._tokens == other._tokens:
+            return _Context(cache, None)
+        return _Context(cache, _stacked(self._whole_mask(device), other._whole_mask(device), order, dim=1))
+
+    @property
+    def _tokens(self) -> int:
+        return self.cache.get_seq_length()
+
+    def _whole_mask(self, device: torch.device) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(len(self.cache.layers[0].keys), self._tokens, dtype=torch.long, device=device)
+
+
+def _stacked(first: Tensor, second: Tensor, order: Sequence[int], dim: int) -> Tensor:
+    """The rows of both in this order, the shorter one's padded with zeros before what they have in `dim`."""
+    length = max(first.shape[dim], second.shape[dim])
+    stacked = first.new_zeros(len(order), *first.shape[1:dim], length, *first.shape[dim + 1 :])
+    place = torch.tensor(order).argsort()
+    for rows, places in ((first, place[: len(first)]), (second, place[len(first) :])):
+        stacked.narrow(dim, length - rows.shape[dim], rows.shape[dim])[places] = rows
+    return stacked
+
+
+def _trim(cache: GrowingCache, tokens: int) -> None:
+    """Forget the first tokens of all rows."""
+    for layer in cache.layers:
+        seen = layer.get_seq_length() - tokens
+        if layer.is_sliding:
+            layer.cumulative_length = seen
+        # A sliding window may hold fewer than were seen.
+        first = max(layer.keys.shape[2] - seen, 0)
+        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+
+@dataclass(eq=False)
+class _Row:
+    """One row of a batch and how far it is.
+
+    Attributes:
+        number: by which the batch's caller knows it.
+        generator: that it is drawn from, None where the likeliest token is taken.
+        left: tokens that it may still get.
+        position: of its next token.
+        token: the last one that was chosen, which the next step runs.
+    """
+
+    number: int
+    mixture: Deltas | None
+    sampling: Sampling
+    generator: torch.Generator | None
+    left: int
+    position: int
+    token: int = 0
+
+
+class Batch:
+    """Rows that are decoded together, one forward pass a token for all of them; rows may come and go between two steps.
+
+    Every row draws from a generator of its own, so that what it says does not depend on its company. Prompts with a
+    picture and without may share a batch, since a picture is seen in its prompt's own pass. After a step that raised
+    the batch is of no use.
+
+    Args:
+        eos_ids: token ids that end a row.
+    """
+
+    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int]):
+        self._adapted, self._stop = adapted, frozenset(eos_ids)
+        self._rows: list[_Row] = []
+        self._admitted = 0
+        self._context: _Context | None = None
+        self._plan: dict[str, RowDeltas | None] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def running(self) -> set[int]:
+        """The numbers of the rows that go on."""
+        return {row.number for row in self._rows}
+
+    # As a decorator the mode is entered for each step only, and so never leaks into the code that reads a stream.
+    @torch.inference_mode()
+    def admit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        mixtures: Sequence[Deltas | None],
+        sampling: Sampling,
+        samples: int = 1,
+        seeds: Sequence[int] | None = None,
+        prefix: Prefix | None = None,
+        picture: PictureInputs | None = None,
+    ) -> dict[int, int]:
+        """Run prompts, and let what follows them be decoded with the rows that are there.
+
+        Returns:
+            the first token of every new row, by its number: rows are numbered from 0 as they are admitted, sample s of
+            prompt p as p·samples + s from the first number of this call.
+
+        The arguments and what is raised are those of `decode`; where anything is raised, the batch is as it was.
+        """
+        _check(prompts, mixtures, seeds, prefix, picture)
+        device = _device(self._adapted)
+        starts = [sampling.seed] * len(prompts) if seeds is None else seeds
+        order = _base_first(mixtures)
+        prompts, mixtures = [prompts[p] for p in order], [mixtures[p] for p in order]
+        if picture is None:
+            logits, context = _prefill(self._adapted, prompts, mixtures, prefix)
+            seen_before = 0 if prefix is None else prefix.length
+        else:
+            logits, context, seen_before = _prefill_picture(self._adapted, prompts[0], mixtures, picture)
+        context.repeat(samples)
+        rows = [
+            _Row(
+                self._admitted + p * samples + sample,
+                mixture,
+                sampling,
+                None if sampling.temperature == 0 else torch.Generator(device).manual_seed(starts[p] + sample),
+                sampling.max_new_tokens,
+                seen_before + len(prompt),
+            )
+            for p, prompt, mixture in zip(order, prompts, mixtures, strict=True)
+            for sample in range(samples)
+        ]
+        tokens, kept = self._choose(logits[:, -1].repeat_interleave(samples, 0), rows)
+        if kept:
+            if len(kept) < len(rows):
+                context.select(kept)
+            self._join([rows[i] for i in kept], context, device)
+        self._admitted += len(rows)
+        return tokens
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, int]:
+        """Run the last token of every row; gives their next ones, by the rows' numbers."""
+        device = _device(self._adapted)
+        self._context.extend(1)
+        ids = torch.tensor([[row.token] for row in self._rows], device=device)
+        places = torch.tensor([[row.position] for row in self._rows], device=device)
+        # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
+        with self._adapted.using(self._plan):
+            logits = _forward(self._adapted, ids, self._context, places)[:, -1]
+        for row in self._rows:
+            row.position += 1
+        tokens, kept = self._choose(logits, self._rows)
+        self._keep(kept)
+        return tokens
+
+    @torch.inference_mode()
+    def drop(self, numbers: Container[int]) -> None:
+        """Let rows go before they have ended."""
+        self._keep([i for i, row in enumerate(self._rows) if row.number not in numbers])
+
+    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> tuple[dict[int, int], list[int]]:
+        """The next token of each row by its number, from logits (rows, vocabulary), and which of the rows go on."""
+        for row, token in zip(rows, _next_tokens(logits, rows), strict=True):
+            row.token = token
+            row.left -= 1
+        tokens = {row.number: row.token for row in sorted(rows, key=lambda row: row.number)}
+        return tokens, [i for i, row in enumerate(rows) if row.left and row.token not in self._stop]
+
+    def _join(self, rows: list[_Row], context: _Context, device: torch.device) -> None:
+        if self._rows:
+            rows = [*self._rows, *rows]
+            order = _base_first([row.mixture for row in rows])
+            context, rows = self._context.joined(context, order, device), [rows[i] for i in order]
+        self._plan = self._adapted.plan([row.mixture for row in rows])
+        self._rows, self._context = rows, context
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        """Go on with these of the rows."""
+        if len(kept) == len(self._rows):
+            return
+        self._rows = [self._rows[i] for i in kept]
+        if not kept:
+            self._context, self._plan = None, {}
+            return
+        self._context.select(kept)
+        self._plan = self._adapted.plan([row.mixture for row in self._rows])
+
+
 def decode(
     adapted: SpectralModel,
     prompts: Sequence[Sequence[int]],
@@ -78,7 +308,7 @@ def decode(
     prefix: Prefix | None = None,
     picture: PictureInputs | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Yield, for every step, the next token id of each row that is still running, by row.
+    """Yield, for every step, the next token id of each row that is still running, by row, in a batch of their own.
 
     Each prompt is run once and continued `samples` times: row p·samples + s is sample s of prompt p. Every row draws
     from a generator of its own, so that what it says does not depend on its company. The token that ends a turn is
@@ -96,49 +326,10 @@ def decode(
         ValueError: there is no prompt, one is empty, or there are not as many mixtures or seeds as prompts; prompts
             that differ come with one picture, or a picture comes after a prefix.
     """
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("decoding needs at least one prompt, and none that is empty")
-    if len(mixtures) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts came with {len(mixtures)} mixtures; one for each was expected")
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds; one for each was expected")
-    if picture is not None and (prefix is not None or any(prompt != prompts[0] for prompt in prompts)):
-        raise ValueError("a picture belongs to one prompt; the same prompt for every row, and no prefix, was expected")
-    device = _device(adapted)
-    starts = [sampling.seed] * len(prompts) if seeds is None else seeds
-    choose = _TokenChooser(sampling, [start + sample for start in starts for sample in range(samples)], device)
-    stop = set(eos_ids)
-    if picture is None:
-        logits, mask, cache = _prefill(adapted, prompts, mixtures, prefix)
-        shift = 0
-    else:
-        mask = None
-        logits, cache, shift = _prefill_picture(adapted, prompts[0], mixtures, picture)
-    logits = logits[:, -1].repeat_interleave(samples, 0)  # (rows, vocabulary)
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        mask = mask.repeat_interleave(samples, 0) if mask is not None else None
-    mixtures = [mixture for mixture in mixtures for _ in range(samples)]
-    plan = adapted.plan(mixtures)
-    running = list(range(len(mixtures)))
-    for step in range(sampling.max_new_tokens):
-        tokens = choose(logits, running)
-        yield dict(zip(running, tokens, strict=True))
-        kept = [i for i, token in enumerate(tokens) if token not in stop]
-        if not kept or step + 1 == sampling.max_new_tokens:
-            return
-        if len(kept) < len(running):
-            index = torch.tensor(kept)  # on the CPU: the blocks' caches may lie on several devices
-            cache.batch_select_indices(index)
-            mask = mask[index] if mask is not None else None
-            running = [running[i] for i in kept]
-            tokens = [tokens[i] for i in kept]
-            plan = adapted.plan([mixtures[row] for row in running])
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
-        # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
-        with adapted.using(plan):
-            logits = _forward(adapted, torch.tensor(tokens, device=device)[:, None], mask, cache, shift=shift)[:, -1]
+    batch = Batch(adapted, eos_ids)
+    yield batch.admit(prompts, mixtures, sampling, samples, seeds, prefix, picture)
+    while batch:
+        yield batch.step()
 
 
 def collected(steps: Iterator[dict[int, int]]) -> list[list[int]]:
@@ -176,15 +367,14 @@ def answer_log_probabilities(
     targets = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(device)
     mask = (torch.arange(targets.shape[1], device=device) < lengths[:, None]).float()
 
-    first, seen, cache = _prefill(adapted, prompts, mixtures, prefix)
+    first, context = _prefill(adapted, prompts, mixtures, prefix)
     logits = first.repeat_interleave(samples, 0)  # (rows, 1, vocabulary)
     if targets.shape[1] > 1:
-        cache.batch_repeat_interleave(samples)
-        if seen is not None:
-            # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
-            seen = torch.cat([seen.repeat_interleave(samples, 0), torch.ones_like(targets[:, 1:])], dim=1)
+        context.repeat(samples)
+        # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
+        context.extend(targets.shape[1] - 1)
         with adapted.rows([mixture for mixture in mixtures for _ in range(samples)]):
-            rest = _forward(adapted, targets[:, :-1], seen, cache, logits_to_keep=0)
+            rest = _forward(adapted, targets[:, :-1], context, logits_to_keep=0)
         logits = torch.cat([logits, rest], dim=1)  # (rows, longest answer, vocabulary)
     # Flat, because torch's cross entropy over a class dimension that is not the last sums it ten times less exactly.
     flat = (logits.float() / temperature).flatten(0, 1)
@@ -221,10 +411,28 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
+def _check(
+    prompts: Sequence[Sequence[int]],
+    mixtures: Sequence[Deltas | None],
+    seeds: Sequence[int] | None,
+    prefix: Prefix | None,
+    picture: PictureInputs | None,
+) -> None:
+    """Raises ValueError where these do not go together."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("decoding needs at least one prompt, and none that is empty")
+    if len(mixtures) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts came with {len(mixtures)} mixtures; one for each was expected")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts came with {len(seeds)} seeds; one for each was expected")
+    if picture is not None and (prefix is not None or any(prompt != prompts[0] for prompt in prompts)):
+        raise ValueError("a picture belongs to one prompt; the same prompt for every row, and no prefix, was expected")
+
+
 def _prefill(
     adapted: SpectralModel, prompts: Sequence[Sequence[int]], mixtures: Sequence[Deltas | None], prefix: Prefix | None
-) -> tuple[Tensor, Tensor | None, GrowingCache]:
-    """Run the prompts: logits of their last tokens (rows, 1, vocabulary), mask (rows, tokens) or None, and cache."""
+) -> tuple[Tensor, _Context]:
+    """Run the prompts: logits of their last tokens (rows, 1, vocabulary) and their context."""
     if prefix is None:
         # Each prompt keeps a token of its own, for the logits.
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
@@ -237,26 +445,27 @@ def _prefill(
     ids, mask = pad_left(prompts, _device(adapted))
     if mask is not None and prefix is not None:
         mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
+    context = _Context(cache, mask)
     with adapted.rows(mixtures):
-        logits = _forward(adapted, ids, mask, cache)
-    return logits, mask, cache
+        logits = _forward(adapted, ids, context)
+    return logits, context
 
 
 def _prefill_picture(
     adapted: SpectralModel, prompt: Sequence[int], mixtures: Sequence[Deltas | None], picture: PictureInputs
-) -> tuple[Tensor, GrowingCache, int]:
-    """Run a prompt and its picture, a row for each mixture: logits of the last token (rows, 1, vocabulary), cache, and
-    how much the positions of what follows differ from the count of tokens.
+) -> tuple[Tensor, _Context, int]:
+    """Run a prompt and its picture, a row for each mixture: logits of the last token (rows, 1, vocabulary), what was
+    seen, and how much the positions of what follows differ from the count of tokens.
     """
-    cache = GrowingCache(adapted.model.config)
+    context = _Context(GrowingCache(adapted.model.config), None)
     seen = picture_arguments(adapted.model, picture, len(mixtures))
     try:
         with adapted.rows(mixtures):
             ids = torch.tensor([list(prompt)] * len(mixtures), device=_device(adapted))
-            logits = _forward(adapted, ids, None, cache, **seen)
+            logits = _forward(adapted, ids, context, **seen)
     finally:
         shift = take_position_shift(adapted.model)
-    return logits, cache, shift
+    return logits, context, shift
 
 
 def _device(adapted: SpectralModel) -> torch.device:
@@ -269,56 +478,62 @@ def _distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:
     return list({id(mixture): mixture for mixture in mixtures}.values())
 
 
+def _base_first(mixtures: Sequence[Deltas | None]) -> list[int]:
+    """The rows, the base model's first: the others are then a slice of the batch, which is edited without a copy."""
+    return sorted(range(len(mixtures)), key=lambda row: mixtures[row] is not None)
+
+
 def _forward(
     adapted: SpectralModel,
     ids: Tensor,
-    mask: Tensor | None,
-    cache: GrowingCache,
+    context: _Context,
+    places: Tensor | None = None,
     logits_to_keep: int = 1,
-    shift: int = 0,
     **others,
 ) -> Tensor:
-    """Logits of the last tokens, or of all for 0; ids (rows, new tokens), mask (rows, all tokens).
+    """Logits of the last tokens, or of all for 0; the context's cache takes the tokens in.
 
     Args:
-        shift: what the tokens' positions differ by from their count, where there is no mask.
+        ids: (rows, new tokens); a mask of the context is of these too.
+        places: their positions, of the same shape; None counts the tokens.
         others: what else the model takes.
     """
-    arguments = {"input_ids": ids, "cache": cache, "use_cache": True, "logits_to_keep": logits_to_keep}
-    if mask is not None:
-        arguments["attention_mask"] = mask
-        arguments["position_ids"] = positions(mask)[:, -ids.shape[1] :]
-    elif shift:
-        seen = cache.get_seq_length()
-        counted = torch.arange(seen, seen + ids.shape[1], device=ids.device)
-        arguments["position_ids"] = (counted + shift).expand(len(ids), -1)
+    arguments = {"input_ids": ids, "cache": context.cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+    if context.mask is not None:
+        arguments["attention_mask"] = context.mask
+        if places is None:
+            places = positions(context.mask)[:, -ids.shape[1] :]
+    if places is not None:
+        arguments["position_ids"] = places
     arguments |= others
     return adapted.model(**arguments).logits
 
 
-class _TokenChooser:
-    """Greedy, or sampled with transformers' own warpers, every row from a generator of its own."""
+def _next_tokens(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+    """The next token of each row, from logits (rows, vocabulary)."""
+    alike: dict[tuple[float, float], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        alike[row.sampling.temperature, row.sampling.top_p].append(i)
+    tokens = [0] * len(rows)
+    for (temperature, top_p), some in alike.items():
+        own = logits if len(some) == len(rows) else logits[some]
+        for i, token in zip(some, _tokens_at(temperature, top_p, own, [rows[i] for i in some]), strict=True):
+            tokens[i] = token
+    return tokens
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device):
-        self.greedy = sampling.temperature == 0
-        self.warpers = LogitsProcessorList()
-        if self.greedy:
-            return
-        if sampling.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
-        """The next token of each row, from logits (rows, vocabulary)."""
-        if self.greedy:
-            return logits.argmax(-1).tolist()
-        scores = self.warpers(None, logits.float())
-        probabilities = scores.softmax(-1)
-        return [
-            torch.multinomial(probabilities[i], 1, generator=self.generators[row]).item() for i, row in enumerate(rows)
-        ]
+def _tokens_at(temperature: float, top_p: float, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+    """`_next_tokens` of rows that are sampled alike: greedy, or drawn after transformers' own warpers."""
+    if temperature == 0:
+        # Of `argmax` torch has no quick way in bfloat16 on a CPU: it takes five times as long.
+        return logits.max(-1).indices.tolist()
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    probabilities = warpers(None, logits.float()).softmax(-1)
+    return [torch.multinomial(probabilities[i], 1, generator=row.generator).item() for i, row in enumerate(rows)]
 
 
 class TextStream:

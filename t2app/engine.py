@@ -4,44 +4,52 @@ The events are the same for the page, the command line, its JSON lines and the t
 of them shows an event.
 """
 
-import gc
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
 
-import torch
 from PIL.Image import Image
 
-from t2app.decoding import TextStream, decode
-from t2app.dispatch import Dispatcher, make_dispatcher
+from t2app.decoding import TextStream
+from t2app.dispatch import Decision, Dispatcher, make_dispatcher
 from t2app.experts import mean_changes, mix, share
-from t2app.messages import NAMING_DISPATCHERS, Dispatched, Event, Finished, Sampling, Searched, Token
+from t2app.messages import (
+    NAMING_DISPATCHERS,
+    Dispatched,
+    Event,
+    Finished,
+    Limits,
+    Sampling,
+    Searched,
+    Token,
+    Waiting,
+)
 from t2app.models import Model
+from t2app.scheduler import Caller, EngineError, Scheduler, free_memory
 from t2app.search import MixtureSearch
 from t2app.spectral import Deltas
 from t2app.vision import PictureInputs
 
+__all__ = ["STREAMS", "Engine", "EngineError", "PromptError"]
+
 STREAMS = ("base", "adapted")
-_Event = TypeVar("_Event", bound=Event)
 
 
 class PromptError(ValueError):
     """A prompt that cannot be answered; the message is for the person who typed it."""
 
 
-class EngineError(ValueError):
-    """The engine cannot answer now; the message is for the person who asked."""
-
-
 class Engine:
-    """Answers prompts with one model, one at a time: a second caller waits until the first stream ends or is closed."""
+    """Answers prompts with one model, those of many callers at a time: their answers are rows of one batch.
 
-    def __init__(self, model: Model):
+    Args:
+        limits: of what is decoded at a time, by default those of `Limits`; callers beyond them wait.
+    """
+
+    def __init__(self, model: Model, limits: Limits | None = None):
         self._model: Model | None = model
         self._dispatchers: dict[str, Dispatcher] = {}
-        self._turn = threading.Lock()
+        self._scheduler = Scheduler(model.adapted, model.eos_ids, limits or Limits())
 
     @property
     def model(self) -> Model:
@@ -51,70 +59,60 @@ class Engine:
         return self._model
 
     def close(self) -> None:
-        """Let go of the model, as one of the callers that wait for each other; those behind get an EngineError."""
-        with self._turn:
-            self._model = None
-            self._dispatchers.clear()
-        _free_memory()
+        """Let go of the model once all callers that are there have left; those who come now get an EngineError."""
+        self._scheduler.close()
+        self._model = None
+        self._dispatchers.clear()
+        free_memory()
 
-    def dispatcher(self, name: str, weights: Mapping[str, float] | None = None) -> Dispatcher:
+    def dispatcher(self, name: str, weights: Mapping[str, float] | None = None, user: Hashable = None) -> Dispatcher:
         """See `make_dispatcher`; one that names the prompt's category is kept, since it prepares its question once."""
         if weights is not None or name not in NAMING_DISPATCHERS:
             return make_dispatcher(name, self.model, weights)
         if name not in self._dispatchers:
-            self._dispatchers[name] = make_dispatcher(name, self.model)
+            with self._scheduler.caller(user) as caller:
+                caller.submit(partial(self._prepare_dispatcher, name)).result()
         return self._dispatchers[name]
 
+    def _prepare_dispatcher(self, name: str) -> None:
+        """Another caller may have had it prepared meanwhile."""
+        if name not in self._dispatchers:
+            self._dispatchers[name] = make_dispatcher(name, self.model)
+
     def answer(
-        self, prompt: str, dispatcher: Dispatcher, sampling: Sampling, image: Image | None = None
+        self,
+        prompt: str,
+        dispatcher: Dispatcher,
+        sampling: Sampling,
+        image: Image | None = None,
+        user: Hashable = None,
     ) -> Iterator[Event]:
         """Decide a mixture for `prompt`, then stream the base model's and the adapted answer side by side.
 
-        Closing the iterator stops the compute at the next token.
+        Closing the iterator stops the compute at the next token. Whether others are answered at the same time changes
+        how long it takes and, but for rounding, nothing else.
 
         Args:
             image: a picture that the prompt is about. The first pass sees the text alone, the second one both.
+            user: whose prompt it is: where more is asked for than fits, users take turns.
 
         Raises:
-            PromptError: the prompt is empty, or does not fit the model together with its answer.
+            PromptError: the prompt is empty, or does not fit the model or this machine together with its answer.
             PictureError: the model takes no pictures, or the prompt's text holds what stands for one.
             EngineError: the GPU's memory did not suffice, or the engine was closed.
         """
-        return _freeing_memory(self._answer(prompt, dispatcher, sampling, image))
-
-    def search(self, search: MixtureSearch) -> Iterator[Searched]:
-        """Run a search, as one of the callers that wait for each other; closing the iterator ends it.
-
-        Raises:
-            EngineError: the GPU's memory did not suffice, or the engine was closed.
-        """
-        return _freeing_memory(self._search(search))
-
-    @contextmanager
-    def _model_in_turn(self) -> Iterator[Model]:
-        """The model, once those who came before are done with it."""
-        with self._turn:
-            yield self.model
-
-    def _answer(self, prompt: str, dispatcher: Dispatcher, sampling: Sampling, image: Image | None) -> Iterator[Event]:
         if not prompt.strip():
             raise PromptError("Type a prompt first.")
         if image is None:
             ids, picture = self.model.prompt_ids(prompt), None
         else:
             ids, picture = self.model.picture_prompt(prompt, image)
-        room = self.model.context_length - sampling.max_new_tokens
-        if len(ids) > room:
-            asked = "The prompt" if picture is None else "The prompt with its picture"
-            raise PromptError(
-                f"{asked} is {len(ids):,} tokens long; with {sampling.max_new_tokens:,} tokens for the answer, "
-                f"{self.model.name} takes at most {room:,}. Shorten the prompt or ask for a shorter answer."
-            )
-        with self._model_in_turn() as model:
-            started = time.perf_counter()
-            decision = dispatcher.decide(prompt)
-            seconds = round(time.perf_counter() - started, 4)
-            mixture = mix(model.experts, decision.weights)
+        self._check_length(
+            len(ids), sampling.max_new_tokens, "The prompt" if image is None else "The prompt with its picture"
+        )
+        with self._scheduler.caller(user) as caller:
+            decision, seconds = yield from caller.run(partial(_decide, dispatcher, prompt))
+            mixture = mix(self.model.experts, decision.weights)
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -124,22 +122,52 @@ class Engine:
                 mean_changes(mixture),
                 decision.trace,
             )
-            yield from self._second_pass(ids, picture, mixture, sampling)
+            yield from self._second_pass(caller, ids, picture, mixture, sampling)
 
-    def _search(self, search: MixtureSearch) -> Iterator[Searched]:
-        with self._model_in_turn():
-            yield from search.rounds()
+    def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Waiting]:
+        """Run a search; between its rounds others are served. Closing the iterator ends it.
+
+        Raises:
+            EngineError: the GPU's memory did not suffice, or the engine was closed.
+        """
+        rounds = search.rounds()
+        with self._scheduler.caller(user) as caller:
+            while (event := (yield from caller.run(partial(next, rounds, None)))) is not None:
+                yield event
+
+    def _check_length(self, prompt_tokens: int, answer_tokens: int, asked: str) -> None:
+        """Raises PromptError where a prompt and its answer are too long together."""
+        room = self.model.context_length - answer_tokens
+        if prompt_tokens > room:
+            raise PromptError(
+                f"{asked} is {prompt_tokens:,} tokens long; with {answer_tokens:,} tokens for the answer, "
+                f"{self.model.name} takes at most {room:,}. Shorten the prompt or ask for a shorter answer."
+            )
+        most = self._scheduler.most_tokens(len(STREAMS))
+        if prompt_tokens + answer_tokens > most:
+            raise PromptError(
+                f"{asked} is {prompt_tokens:,} tokens long and its answer may have {answer_tokens:,}; there is memory "
+                f"for {most:,} together. Shorten the prompt or ask for a shorter answer."
+            )
 
     def _second_pass(
-        self, ids: list[int], picture: PictureInputs | None, mixture: Deltas | None, sampling: Sampling
+        self,
+        caller: Caller,
+        ids: list[int],
+        picture: PictureInputs | None,
+        mixture: Deltas | None,
+        sampling: Sampling,
     ) -> Iterator[Event]:
-        """One batch of two rows: the base model's and the mixture's."""
-        mixtures = [None, mixture]
+        """Two rows: the base model's and the mixture's."""
         streams = [TextStream(self.model.tokenizer) for _ in STREAMS]
         counts = [0] * len(STREAMS)
         started = time.perf_counter()
-        steps = decode(self.model.adapted, [ids, ids], mixtures, sampling, self.model.eos_ids, picture=picture)
-        for step in steps:
+        for step in caller.decode(ids, [None, mixture], sampling, picture):
+            if isinstance(step, Waiting):
+                yield step
+                continue
+            if not step:
+                started = time.perf_counter()
             for row, token in step.items():
                 counts[row] += 1
                 if text := streams[row].push(token):
@@ -152,23 +180,7 @@ class Engine:
         yield Finished(base, adapted, sum(counts), seconds, sum(counts) / seconds)
 
 
-def _freeing_memory(events: Iterator[_Event]) -> Iterator[_Event]:
-    """The same events; where the GPU's memory does not suffice, what they held is freed before the error is raised."""
-    try:
-        yield from events
-        return
-    except torch.OutOfMemoryError:
-        # Left behind here: the error would keep the frames that it came through, and these what did not fit.
-        pass
-    _free_memory()
-    raise EngineError(
-        "The GPU's memory did not suffice; what was computed is freed. Ask for a shorter answer or with a shorter "
-        "prompt, or load the model in 4-bit (--precision 4bit)."
-    )
-
-
-def _free_memory() -> None:
-    """Free what nothing refers to any more, and give the GPUs' share of it back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _decide(dispatcher: Dispatcher, prompt: str) -> tuple[Decision, float]:
+    """The first pass, and the seconds that it took."""
+    started = time.perf_counter()
+    return dispatcher.decide(prompt), round(time.perf_counter() - started, 4)

@@ -109,22 +109,20 @@ def greedy_answers(
     answers = {} if kept is None else kept.known(place)
     progress(sum(times[key] for key in answers))
     for prompts, picture in _batches(model, {key: examples[i] for key, i in place.items() if key not in answers}):
-        # Base rows first: the others are then a slice of the batch, which is edited without a copy.
-        batch = sorted(prompts, key=lambda key: mixtures[place[key]] is not None)
         steps = decode(
             model.adapted,
-            [prompts[key] for key in batch],
-            [mixtures[place[key]] for key in batch],
+            list(prompts.values()),
+            [mixtures[place[key]] for key in prompts],
             sampling,
             model.eos_ids,
             picture=picture,
         )
-        rows = zip(batch, collected(steps), strict=True)
+        rows = zip(prompts, collected(steps), strict=True)
         new = {key: model.tokenizer.decode(row, skip_special_tokens=True) for key, row in rows}
         answers |= new
         if kept is not None:
             kept.add(new)
-        progress(sum(times[key] for key in batch))
+        progress(sum(times[key] for key in prompts))
     return [answers[key] for key in keys]
 
 

@@ -5,6 +5,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from t2app.catalogue import CATALOGUE, entry_of
+from t2app.messages import Limits
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
@@ -24,10 +25,12 @@ class EngineLoader:
 
     Args:
         experts_of: the model whose experts the first one takes, None where they are its own.
+        limits: of what each model decodes at a time, by default those of `Limits`.
     """
 
-    def __init__(self, model_name: str, precision: str, experts_of: str | None = None):
+    def __init__(self, model_name: str, precision: str, experts_of: str | None = None, limits: Limits | None = None):
         self.model_name, self.precision = model_name, precision
+        self._limits = limits
         self._experts_of = {model_name: experts_of}
         self.choices: tuple[str, ...] = (model_name,)
         self.message, self.share = "Starting", None
@@ -49,7 +52,7 @@ class EngineLoader:
         threading.Thread(target=self._load, daemon=True).start()
 
     def switch(self, model_name: str) -> None:
-        """Load another model as soon as the answer that is being written has ended; the former one is freed first.
+        """Load another model as soon as the answers that are being written have ended; the former one is freed first.
 
         Raises:
             LoadingError: it is none of `choices`, or another one is being loaded at the moment.
@@ -90,7 +93,7 @@ class EngineLoader:
             from t2app.models import load_model
 
             model = load_model(self.model_name, self.precision, progress=self._report, experts_of=self.experts_of)
-            self._engine = Engine(model)
+            self._engine = Engine(model, self._limits)
             self.choices = self._models_that_fit()
         except Exception as error:
             if not isinstance(error, ValueError):

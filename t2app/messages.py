@@ -54,6 +54,28 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What is decoded at a time at most; what does not fit waits.
+
+    Attributes:
+        rows: an answer has two, one of the base model and one adapted.
+        cache_bytes: of keys and values; None for half of what the model leaves free on this machine.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    rows: int = 32
+    cache_bytes: int | None = None
+
+    def __post_init__(self):
+        if self.rows < 2:
+            raise ValueError(f"rows is {self.rows}; at least 2 was expected, since an answer has two")
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise ValueError(f"cache_bytes is {self.cache_bytes}; at least 1 was expected")
+
+
+@dataclass(frozen=True)
 class SearchSettings:
     """How a mixture is searched, by default as in the authors' code.
 
@@ -108,6 +130,17 @@ class Searched:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """Others are served at the moment; it comes again and again while that lasts, and never where nobody else asks.
+
+    Attributes:
+        seconds: waited so far.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """The first pass is done.
 
@@ -148,7 +181,7 @@ class Finished:
     tokens_per_second: float
 
 
-Event = Dispatched | Token | Finished | Searched
+Event = Waiting | Dispatched | Token | Finished | Searched
 
 
 def as_json(event: Event) -> dict:

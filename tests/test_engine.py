@@ -1,6 +1,5 @@
 """The two passes on the real model as the app runs it: dispatch, events, stopping, and prompts that are refused."""
 
-import gc
 import math
 from dataclasses import replace
 
@@ -61,11 +60,10 @@ def test_closing_the_stream_stops_the_compute_and_frees_the_engine(engine):
     passes = []
     hook = engine.model.adapted.model.register_forward_hook(lambda *_: passes.append(1))
     stream.close()
-    del stream
-    gc.collect()
-    assert passes == []
+    assert isinstance(answer(engine, {}, sampling=Sampling(max_new_tokens=2))[-1], Finished)
     hook.remove()
-    assert isinstance(answer(engine, {})[-1], Finished)
+    # The step that was running, and what the second answer takes: nothing of the 500 tokens.
+    assert len(passes) < 8
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n\t "])

@@ -248,6 +248,17 @@ def test_same_path_answers_a_program(url):
     assert any("19" in str(value) for value in final)
 
 
+def test_two_sessions_are_answered_at_once(url):
+    weights = [float(file.stem == "math") for file in expert_files(DEFAULT_MODEL)]
+    long = Client(url, verbose=False).submit(LONG, "manual", 1024, 0, 1, 0, None, *weights, api_name="/answer")
+    while len(long.outputs()) < 4:
+        time.sleep(0.1)
+    short = Client(url, verbose=False).submit(SUM, "manual", 12, 0, 1, 0, None, *weights, api_name="/answer")
+    assert any("19" in str(value) for value in short.result(timeout=120))
+    assert not long.done()
+    long.cancel()
+
+
 def choose_model(page: Page, name: str) -> None:
     page.locator("#model input").click()
     page.get_by_role("option", name=name).click()

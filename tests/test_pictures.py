@@ -14,7 +14,7 @@ from vision_models import VISION_CLASSES
 
 from t2app.catalogue import DEFAULT_MODEL
 from t2app.cli import main
-from t2app.decoding import collected, decode
+from t2app.decoding import Batch, collected, decode
 from t2app.engine import Engine, PromptError
 from t2app.experts import Expert, ExpertError, load_expert, mix, save_expert
 from t2app.messages import MANUAL, Dispatched, Sampling
@@ -130,6 +130,22 @@ def test_prompt_without_a_picture_is_answered_as_by_generate_even_between_tokens
     assert [turn[1][0] for turn in turns] == generate(reference, words)[: len(turns)]
     for row, tokens in enumerate(alone):
         assert [turn[0][row] for turn in turns if row in turn[0]] == tokens[: len(turns)]
+
+
+def test_prompts_with_a_picture_and_without_are_answered_in_one_batch_as_alone(seeing):
+    words, mixtures = seeing.prompt_ids("Why is the sky blue?"), [None, mixture_of(seeing)]
+    small, large = (seeing.picture_prompt(QUESTION, drawing(size)) for size in ((90, 60), (60, 120)))
+    batch, rows = Batch(seeing.adapted, seeing.eos_ids), {}
+    for ids, picture in (small, (words, None), large):
+        first = batch.admit([ids] * 2, mixtures, GREEDY, picture=picture)
+        rows |= {number: [token] for number, token in first.items()}
+        for number, token in batch.step().items():
+            rows[number].append(token)
+    while batch:
+        for number, token in batch.step().items():
+            rows[number].append(token)
+    alone = [answers(seeing, ids, mixtures, picture) for ids, picture in (small, (words, None), large)]
+    assert [rows[number] for number in range(6)] == [row for request in alone for row in request]
 
 
 def test_row_that_ends_leaves_the_other_as_it_is(seeing):

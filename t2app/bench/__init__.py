@@ -16,6 +16,7 @@ BENCHES = (
     "first-token",
     "wordings",
     "search",
+    "serve",
     "recommended",
     "basis",
 )

@@ -6,7 +6,6 @@ under the sliders gives the choice back.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -25,6 +24,7 @@ from t2app.messages import (
     Finished,
     Sampling,
     Token,
+    Waiting,
     few_shot,
 )
 from t2app.mixtures import kept_mixtures
@@ -40,6 +40,8 @@ EXAMPLES = (
     "Write a short poem about the sea.",
 )
 MAX_PROMPT_CHARACTERS = 20_000
+# Each holds one of the 40 threads that Gradio has for all that the page does, whether it is answered or waits.
+_ANSWERS_AT_A_TIME = 32
 _DISPATCH_TITLES = {
     CLASSIFIER: "Classifier: an expert trained for it names the category",
     PROMPT: "Prompt: the base model names the category",
@@ -150,16 +152,31 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the draws where the temperature is not 0")
         facts = gr.Markdown("The model is loading.", elem_id="facts")
 
+    # Handlers that ask who calls cannot be `partial`s.
+    def run_prompt(
+        request: gr.Request,
+        prompt: str,
+        dispatch: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        picture: str | None = None,
+        *weights: float,
+    ) -> Iterator[list]:
+        settings = (max_new_tokens, temperature, top_p, seed)
+        yield from _answer(loader, list(sliders), request.session_hash, prompt, dispatch, *settings, picture, *weights)
+
     answers = (adapted, adapted_statistics, base, base_statistics)
     run = gr.on(
         [answer.click, prompt.submit],
-        partial(_answer, loader, list(sliders)),
+        run_prompt,
         inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, picture, *sliders.values()],
         outputs=[answer, stop, status, bars, reasons, changes, *answers, *sliders.values()],
         api_name="answer",
         show_progress="hidden",
         trigger_mode="once",
-        concurrency_limit=1,
+        concurrency_limit=_ANSWERS_AT_A_TIME,
     )
     stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
     for slider in sliders.values():
@@ -182,6 +199,7 @@ def dispatch_choices(model_name: str) -> list[tuple[str, str]]:
 def _answer(
     loader: EngineLoader,
     experts: Sequence[str],
+    session: str | None,
     prompt: str,
     dispatch: str,
     max_new_tokens: int,
@@ -205,9 +223,9 @@ def _answer(
         names = {expert.name for expert in engine.model.experts}
         given = {name: weight for name, weight in zip(experts, weights, strict=True) if name in names}
         by_hand = given if dispatch == MANUAL else None
-        dispatcher = engine.dispatcher(dispatch, by_hand)
+        dispatcher = engine.dispatcher(dispatch, by_hand, session)
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
-        for event in engine.answer(prompt, dispatcher, sampling, image):
+        for event in engine.answer(prompt, dispatcher, sampling, image, session):
             yield page.dispatched(event) if isinstance(event, Dispatched) else page.event(event)
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
         yield page.failed(failure(error, "an answer"))
@@ -219,8 +237,11 @@ class _AnswerView:
     def __init__(self, experts: Sequence[str]):
         self._experts = experts
         self._texts = {"adapted": "", "base": ""}
+        self._status = ""
+        self._waiting = False
 
     def running(self, status: str) -> list:
+        self._status = status
         return self._update(running=True, status=status)
 
     def failed(self, sentence: str) -> list:
@@ -229,8 +250,9 @@ class _AnswerView:
     def dispatched(self, event: Dispatched) -> list:
         # Only here do the answers before give way: a prompt that is refused leaves them.
         cleared = dict.fromkeys(("adapted", "base", "adapted_statistics", "base_statistics"), "")
+        self._status, self._waiting = _describe(event), False
         return self._update(
-            status=_describe(event),
+            status=self._status,
             bars=mixture_bars(event.weights),
             reasons=_reasons(event),
             changes=change_map(event.changes),
@@ -238,12 +260,19 @@ class _AnswerView:
             **cleared,
         )
 
-    def event(self, event: Token | Finished) -> list:
+    def event(self, event: Waiting | Token | Finished) -> list:
+        if isinstance(event, Waiting):
+            self._waiting = True
+            return self._update(status=f"{self._status} · others are served, for {event.seconds:.0f} s now")
         if isinstance(event, Token):
             self._texts[event.stream] += event.text
             tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
             statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
-            return self._update(**{event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics})
+            shown = {event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics}
+            if self._waiting:
+                self._waiting = False
+                shown["status"] = self._status
+            return self._update(**shown)
         return self._update(running=False, adapted=event.adapted, base=event.base)
 
     def _update(self, running: bool | None = None, weights: Mapping[str, float] | None = None, **values) -> list:

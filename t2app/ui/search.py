@@ -7,7 +7,7 @@ import gradio as gr
 
 from t2app.figures import search_trace
 from t2app.loading import EngineLoader
-from t2app.messages import LIKELIHOOD, SCORES, Searched, SearchSettings, few_shot
+from t2app.messages import LIKELIHOOD, SCORES, Searched, SearchSettings, Waiting, few_shot
 from t2app.mixtures import check_name, mixture_file, write_mixture
 from t2app.tasks.arithmetic import Arithmetic
 from t2app.tasks.puzzles import PUZZLES
@@ -141,7 +141,10 @@ def _rounds(
     task = Shots(name, pairs)
     search = MixtureSearch(engine.model, task, task.examples("train"), settings)
     seen: list[Searched] = []
-    for event in engine.search(search):
+    for event in engine.search(search, session):
+        if isinstance(event, Waiting):
+            yield _update()
+            continue
         seen.append(event)
         yield _update(status=_describe(event, len(pairs)), trace=search_trace(seen))
         if session in stopping:

@@ -1,0 +1,69 @@
+"""What company costs: several prompts answered at once against the same ones one after another, by one engine."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.engine import Engine
+from t2app.messages import MANUAL, Event, Sampling
+from t2app.models import load_model
+from t2app.tasks.dispatch import labelled_prompts
+
+_REQUESTS = 8
+_LEAST_TOKENS, _MOST_TOKENS = 64, 128
+_PAIRS = 3
+
+
+def bench_serve(model_name: str, precision: str) -> Iterator[Figure]:
+    """Seconds until eight prompts have both answers, each under a mixture of its own, at once and one after another.
+
+    Raises:
+        ValueError: the model has no expert to mix.
+    """
+    # No token ends an answer: all are as long as was asked for.
+    model = replace(load_model(model_name, precision), eos_ids=())
+    if not model.experts:
+        raise ValueError(f"{model.name} has no expert to measure with")
+    engine = Engine(model)
+    requests = _requests(engine)
+    for run in (partial(_one_after_another, requests[:1]), partial(_at_once, requests)):
+        run()  # warms up
+    ways = (partial(_one_after_another, requests), partial(_at_once, requests))
+    pairs = [tuple(seconds(way) for way in ways) for _ in range(_PAIRS)]
+    engine.close()
+    yield figure_of("serve", "serial_seconds", [serial for serial, _ in pairs], "s")
+    yield figure_of("serve", "concurrent_seconds", [concurrent for _, concurrent in pairs], "s")
+    yield figure_of("serve", "concurrent_over_serial", [concurrent / serial for serial, concurrent in pairs], "ratio")
+
+
+def _requests(engine: Engine) -> list[Callable[[], None]]:
+    """Prompts of all categories, each with a length and weights of its own; calling one answers it."""
+    prompts = [prompt for prompt, _ in labelled_prompts("train")]
+    names = [expert.name for expert in engine.model.experts]
+    requests = []
+    for number in range(_REQUESTS):
+        share = (number + 1) / _REQUESTS
+        dispatcher = engine.dispatcher(MANUAL, {names[number % len(names)]: share})
+        tokens = _LEAST_TOKENS + number * (_MOST_TOKENS - _LEAST_TOKENS) // (_REQUESTS - 1)
+        prompt = prompts[number * len(prompts) // _REQUESTS]
+        answer = partial(engine.answer, prompt, dispatcher, Sampling(tokens), user=f"user {number}")
+        requests.append(partial(_read, answer))
+    return requests
+
+
+def _read(answer: Callable[[], Iterator[Event]]) -> None:
+    for _ in answer():
+        pass
+
+
+def _one_after_another(requests: list[Callable[[], None]]) -> None:
+    for request in requests:
+        request()
+
+
+def _at_once(requests: list[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(len(requests)) as threads:
+        for answer in [threads.submit(request) for request in requests]:
+            answer.result()
