@@ -23,7 +23,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels import FastLinear, is_few, pack_vectors
+from t2app.kernels import FastLinear, pack_vectors
 from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
@@ -136,10 +136,10 @@ class SpectralLinear(nn.Module):
                 f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
         _, rows, delta = self.rows
-        if self.in_basis is not None and self.rows.edits_all and not is_few(x):
+        if self.packed is not None and self.base.adapts(x, self.packed, rows, delta):
+            return self.base.adapted(x, self.vectors, self.packed, self.edits_input, rows, delta)
+        if self.in_basis is not None and self.rows.edits_all:
             return self._by_factors(x, 1 + delta)
-        if self.packed is not None and self.base.adapts(x, rows, delta):
-            return self.base.adapted(x, self.packed, self.edits_input, rows, delta)
         if self.edits_input:
             return self.base(edited(x, rows, self.vectors, delta))
         return edited(self.base(x), rows, self.vectors, delta, self.bias)

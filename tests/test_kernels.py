@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from t2app.checkpoints import cache_folder
-from t2app.kernels import FEW_ROWS, FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
+from t2app.kernels import FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
 from t2app.kernels.attention import fast_attention
-from t2app.kernels.linear import fast_linear
+from t2app.kernels.linear import DOT_ROWS, FEW_ROWS_BESIDE_DOT, fast_linear
 from t2app.products import edited
 from t2app.spectral import basis_of
 
@@ -33,7 +33,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40, DOT_ROWS + 1])
 def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     x, weight, bias = random(rows, 1, shape[1]), random(*shape), random(shape[0])
     exact = F.linear(x.double(), weight.double(), bias.double())
@@ -42,9 +42,9 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
 
 
 def test_what_a_row_gets_does_not_depend_on_its_company():
-    x, weight = random(FEW_ROWS, 1, 576), random(1536, 576)
+    x, weight = random(FEW_ROWS_BESIDE_DOT, 1, 576), random(1536, 576)
     together = fast_linear(x, weight)
-    for row in range(FEW_ROWS):
+    for row in range(len(x)):
         assert torch.equal(fast_linear(x[row : row + 1], weight), together[row : row + 1])
 
 
@@ -68,7 +68,7 @@ def test_edit_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, row
 
 
 @pytest.mark.parametrize("shape", [(1536, 576), (576, 1536), (192, 576), (16, 48), (36 * 16, 36 * 16)])
-@pytest.mark.parametrize("first, count, rows", [(0, 1, 1), (1, 1, 2), (1, 2, 3), (5, 7, 12)])
+@pytest.mark.parametrize("first, count, rows", [(0, 1, 1), (1, 1, 2), (1, 2, 3), (5, 7, 12), (0, 11, 12)])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
@@ -81,14 +81,18 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     delta = 0.1 * torch.randn(1 if shared else count, basis.rank, generator=torch.Generator().manual_seed(0))
     z = torch.ones(rows, basis.rank).index_add_(0, torch.arange(first, first + count), delta.expand(count, -1))
     edited_rows = slice(first, first + count)
-    assert fast.adapts(x, edited_rows, delta)
-    found = fast.adapted(x, pack_vectors(basis.vectors.T), basis.edits_input, edited_rows, delta)
+    vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
+    packed = pack_vectors(vectors)
+    assert fast.adapts(x, packed, edited_rows, delta)
+    found = fast.adapted(x, vectors, packed, basis.edits_input, edited_rows, delta)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
     exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x[:, 0].double(), z.double(), strict=True)])
     exact = exact[:, None] + (layer.bias.double() if biased else 0)
     assert found.shape == (rows, 1, shape[0]) and found.dtype == torch.bfloat16
-    assert relative_error(found, exact) < 2**-8
+    # A CPU with 16-bit arithmetic rounds the coordinates and the edited side of several rows too.
+    rounded = has_bfloat16_arithmetic() and rows > FEW_ROWS_BESIDE_DOT
+    assert relative_error(found, exact) < (2**-7 if rounded else 2**-8)
     others = [row for row in range(rows) if not first <= row < first + count]
     assert torch.equal(found[others], fast(x)[others])
 

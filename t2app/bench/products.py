@@ -8,21 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels import FastLinear
+from t2app.kernels import FastLinear, has_bfloat16_arithmetic
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
 
-_ROWS = (1, 2, 4, 8, 12, 16, 90)
+_ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 90)
 _STEPS = 10
 
 
 def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     """One product with every layer of the model's blocks, so that weights come from memory as in a step.
 
-    `kernel` is ours, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that lives for one
-    product. Those with `edit` edit the last half of the rows, each by a z of its own. What is best here decides nothing
-    by itself: the choices are in `kernels/linear.py` and `models.resolve_precision`, made on this.
+    `few` and `dot` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that
+    lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own. What is best here
+    decides nothing by itself: the choices are in `kernels/linear.py` and `models.resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.
@@ -32,12 +32,14 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     layers = list(load_model(model_name, "bf16", layers=lambda path: True).adapted.layers.values())
     ways = {"bf16": _bf16, "fp32": _fp32, "bf16_edit": _bf16_edit}
     if any(isinstance(layer.base, FastLinear) for layer in layers):
-        ways |= {"kernel": _kernel, "kernel_edit": _kernel_edit}
+        ways |= {"few": _few, "few_edit": _few_edit}
+        if has_bfloat16_arithmetic():
+            ways |= {"dot": _dot, "dot_edit": _dot_edit}
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
-        edited = rows - rows // 2
-        deltas = [torch.randn(edited, len(layer.vectors), generator=generator) / 20 for layer in layers]
+        count = rows - rows // 2
+        deltas = [torch.randn(count, len(layer.vectors), generator=generator) / 20 for layer in layers]
         for name, multiply in ways.items():
             step = partial(_all, multiply, layers, inputs, deltas)
             step()
@@ -59,8 +61,12 @@ def _fp32(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
     return F.linear(x.float(), layer.base.weight.float())
 
 
-def _kernel(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
+def _few(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
     return torch.ops.t2app.few_rows_linear(x, layer.base.weight, None)
+
+
+def _dot(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
+    return torch.ops.t2app.dot_linear(x, layer.base.weight, None)
 
 
 def _bf16_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
@@ -70,8 +76,14 @@ def _bf16_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
     return edited(F.linear(x, layer.base.weight), rows, layer.vectors, delta)
 
 
-def _kernel_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
-    return layer.base.adapted(x, layer.packed, layer.edits_input, _last(x, delta), delta)
+def _few_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
+    rows, edit = _last(x, delta), (*layer.packed, layer.edits_input, delta)
+    return torch.ops.t2app.few_rows_adapted(x, layer.base.weight, None, *edit, rows.start, rows.stop - rows.start)
+
+
+def _dot_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
+    rows, edit = _last(x, delta), (layer.vectors, layer.edits_input, delta)
+    return torch.ops.t2app.dot_adapted(x, layer.base.weight, None, *edit, rows.start, rows.stop - rows.start)
 
 
 def _last(x: Tensor, delta: Tensor) -> slice:

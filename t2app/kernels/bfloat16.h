@@ -41,6 +41,8 @@ inline void put_even_first(const uint16_t* row, int64_t length, float* result) {
   }
 }
 
+inline float widened(uint16_t value) { return at::BFloat16(value, at::BFloat16::from_bits()); }
+
 inline float sum(__m256 v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));

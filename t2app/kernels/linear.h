@@ -33,19 +33,32 @@ inline std::vector<int64_t> shape_of_result(const at::Tensor& x, int64_t n) {
   return shape;
 }
 
-// What x and b of y = x Wᵀ + b are read from: float32, x in even-first order.
-struct Inputs {
-  std::vector<float> x, bias;
+// The bias in float32, 0 where there is none.
+inline std::vector<float> wide_bias(const std::optional<at::Tensor>& bias, int64_t n) {
+  std::vector<float> result(n, 0.0f);
+  if (!bias) return result;
+  const at::Tensor wide = bias->to(at::kFloat).contiguous();
+  std::copy_n(wide.const_data_ptr<float>(), n, result.begin());
+  return result;
+}
 
-  Inputs(const at::Tensor& x_given, int64_t rows, int64_t k, const std::optional<at::Tensor>& bias_given, int64_t n)
-      : x(rows * k), bias(n, 0.0f) {
-    const at::Tensor in_order = x_given.contiguous();
-    for (int64_t row = 0; row < rows; ++row) put_even_first(bits(in_order) + row * k, k, x.data() + row * k);
-    if (!bias_given) return;
-    const at::Tensor wide = bias_given->to(at::kFloat).contiguous();
-    std::copy_n(wide.const_data_ptr<float>(), n, bias.begin());
-  }
-};
+// x (rows, k) in float32, in even-first order.
+inline std::vector<float> wide_rows(const at::Tensor& x, int64_t rows, int64_t k) {
+  const at::Tensor in_order = x.contiguous();
+  std::vector<float> result(rows * k);
+  for (int64_t row = 0; row < rows; ++row) put_even_first(bits(in_order) + row * k, k, result.data() + row * k);
+  return result;
+}
+
+inline void check_edit(const at::Tensor& vectors, int64_t narrow, const at::Tensor& delta, int64_t first, int64_t edited,
+                       int64_t rows) {
+  TORCH_CHECK(vectors.dim() == 2 && vectors.is_contiguous() && vectors.size(1) == narrow,
+              "the singular vectors do not match the layer");
+  TORCH_CHECK(first >= 0 && edited > 0 && first + edited <= rows, "the edited rows are not in the batch");
+  TORCH_CHECK(delta.scalar_type() == at::kFloat && delta.is_contiguous(), "contiguous float32 was expected for z - 1");
+  TORCH_CHECK(delta.dim() == 2 && delta.size(1) == vectors.size(0) && (delta.size(0) == 1 || delta.size(0) == edited),
+              "z - 1 does not match the rows or the rank");
+}
 
 // This thread's share of `count` things.
 struct Share {
@@ -171,13 +184,13 @@ inline int threads_for(int64_t weights) {
 inline at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   check(x, weight);
   const int64_t n = weight.size(0), k = weight.size(1), rows = x.numel() / k;
-  const Inputs inputs(x, rows, k, bias, n);
+  const std::vector<float> wide = wide_rows(x, rows, k), b = wide_bias(bias, n);
   at::Tensor y = at::empty(shape_of_result(x, n), x.options());
   auto* target = y.mutable_data_ptr<at::BFloat16>();
   const uint16_t* w = bits(weight);
 #pragma omp parallel num_threads(threads_for(n* k))
-  multiply(inputs.x.data(), rows, w, n, k,
-           [&](int64_t row, int64_t o, float value) { target[row * n + o] = value + inputs.bias[o]; });
+  multiply(wide.data(), rows, w, n, k,
+           [&](int64_t row, int64_t o, float value) { target[row * n + o] = value + b[o]; });
   return y;
 }
 
@@ -190,17 +203,11 @@ inline at::Tensor few_rows_adapted(const at::Tensor& x, const at::Tensor& weight
                                    const at::Tensor& delta, int64_t first, int64_t edited) {
   check(x, weight);
   const int64_t n = weight.size(0), k = weight.size(1), rows = x.numel() / k;
-  const int64_t rank = vectors.size(0), narrow = vectors.size(1);
-  TORCH_CHECK(vectors.is_contiguous() && vectors.scalar_type() == at::kChar && narrow % kBlock == 0 &&
-                  narrow == (edits_input ? k : n),
-              "the singular vectors do not match the layer");
-  TORCH_CHECK(scales.scalar_type() == at::kFloat && scales.is_contiguous() && scales.numel() == rank,
+  TORCH_CHECK(vectors.scalar_type() == at::kChar && vectors.size(1) % kBlock == 0, "8-bit vectors of 16·n were expected");
+  check_edit(vectors, edits_input ? k : n, delta, first, edited, rows);
+  TORCH_CHECK(scales.scalar_type() == at::kFloat && scales.is_contiguous() && scales.numel() == vectors.size(0),
               "a scale in float32 was expected for each singular vector");
-  TORCH_CHECK(first >= 0 && edited > 0 && first + edited <= rows, "the edited rows are not in the batch");
-  TORCH_CHECK(delta.scalar_type() == at::kFloat && delta.is_contiguous(), "contiguous float32 was expected for z - 1");
-  TORCH_CHECK(delta.dim() == 2 && delta.size(1) == rank && (delta.size(0) == 1 || delta.size(0) == edited),
-              "z - 1 does not match the rows or the rank");
-  Inputs inputs(x, rows, k, bias, n);
+  const std::vector<float> wide = wide_rows(x, rows, k), b = wide_bias(bias, n);
   at::Tensor y = at::empty(shape_of_result(x, n), x.options());
   auto* target = y.mutable_data_ptr<at::BFloat16>();
   const uint16_t* w = bits(weight);
@@ -211,17 +218,17 @@ inline at::Tensor few_rows_adapted(const at::Tensor& x, const at::Tensor& weight
   {
     const int64_t threads = omp_get_num_threads();
     if (edits_input) {
-      edit.compute(inputs.x.data());
+      edit.compute(wide.data());
 #pragma omp barrier
       // Each thread has its own copy of x, so that none waits for another's.
-      std::vector<float> own(inputs.x);
+      std::vector<float> own(wide);
       for (int64_t row = first; row < first + edited; ++row) {
-        for (int64_t i = 0; i < k; ++i) own[row * k + i] = edit.edited(inputs.x.data(), row, i, threads);
+        for (int64_t i = 0; i < k; ++i) own[row * k + i] = edit.edited(wide.data(), row, i, threads);
       }
       multiply(own.data(), rows, w, n, k,
-               [&](int64_t row, int64_t o, float value) { target[row * n + o] = value + inputs.bias[o]; });
+               [&](int64_t row, int64_t o, float value) { target[row * n + o] = value + b[o]; });
     } else {
-      multiply(inputs.x.data(), rows, w, n, k,
+      multiply(wide.data(), rows, w, n, k,
                [&](int64_t row, int64_t o, float value) { product[row * n + place(o)] = value; });
 #pragma omp barrier
       edit.compute(product.data());
@@ -231,7 +238,7 @@ inline at::Tensor few_rows_adapted(const at::Tensor& x, const at::Tensor& weight
         for (int64_t o = share.begin; o < share.end; ++o) {
           const int64_t at = place(o);
           const float value = edit.edits(row) ? edit.edited(product.data(), row, at, threads) : product[row * n + at];
-          target[row * n + o] = value + inputs.bias[o];
+          target[row * n + o] = value + b[o];
         }
       }
     }

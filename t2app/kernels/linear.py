@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 from t2app.kernels.build import WIDTH
 
-# Up to how many rows the kernels are faster than what else there is, on CPUs with 16-bit arithmetic and without
-# (`bench products`).
+# Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
+# the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
 FEW_ROWS = 12
+FEW_ROWS_BESIDE_DOT = 3
+DOT_ROWS = 64
+_DOT_WIDTH = 32
 
 
 class PackedVectors(NamedTuple):
@@ -56,23 +59,34 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return fast_linear(x, self.weight, self.bias)
 
-    def adapts(self, x: Tensor, rows: slice | Tensor, delta: Tensor) -> bool:
+    def adapts(self, x: Tensor, packed: "PackedVectors", rows: slice | Tensor, delta: Tensor) -> bool:
         """Whether `adapted` is for this: one token a row, few rows, those that are adapted together, no gradient."""
-        return x.shape[1] == 1 and isinstance(rows, slice) and is_few(x) and not _needs_gradient(x, delta)
+        together = x.shape[1] == 1 and isinstance(rows, slice)
+        return together and self._kernel(x, packed) is not None and not _needs_gradient(x, delta)
 
-    def adapted(self, x: Tensor, vectors: "PackedVectors", edits_input: bool, rows: slice, delta: Tensor) -> Tensor:
+    def adapted(
+        self, x: Tensor, vectors: Tensor, packed: "PackedVectors", edits_input: bool, rows: slice, delta: Tensor
+    ) -> Tensor:
         """W'x + bias for some rows, W' by their z, and Wx + bias for the others.
 
         Args:
             x: (rows, 1, in_features).
-            vectors: of the narrow side, which is the input or the output.
+            vectors: of the narrow side, which is the input or the output: (rank, narrow), a singular vector a row.
+            packed: the same.
             rows: the rows that are adapted.
             delta: z − 1 (1 or adapted rows, rank) in float32.
         """
         first, count = rows.start, rows.stop - rows.start
+        if self._kernel(x, packed) == "dot":
+            return torch.ops.t2app.dot_adapted.default(
+                x, self.weight, self.bias, vectors, edits_input, delta, first, count
+            )
         return torch.ops.t2app.few_rows_adapted.default(
-            x, self.weight, self.bias, *vectors, edits_input, delta, first, count
+            x, self.weight, self.bias, *packed, edits_input, delta, first, count
         )
+
+    def _kernel(self, x: Tensor, packed: "PackedVectors") -> str | None:
+        return _kernel_for(len(x), self.in_features, packed.integers.shape[1])
 
 
 def use_fast_linears(model: nn.Module) -> None:
@@ -88,26 +102,34 @@ def use_fast_linears(model: nn.Module) -> None:
 @cache
 def has_bfloat16_arithmetic() -> bool:
     """Whether the CPU multiplies bfloat16 itself; torch then does so well for many rows."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _kernel_for(rows: int, *lengths: int) -> str | None:
+    """Which kernel is for so many rows, "few" or "dot", or None; the lengths are those of the rows that it reads."""
+    if any(length % WIDTH for length in lengths):
+        return None
+    dot = has_bfloat16_arithmetic() and not any(length % _DOT_WIDTH for length in lengths)
+    if rows <= (FEW_ROWS_BESIDE_DOT if dot else FEW_ROWS):
+        return "few"
+    return "dot" if dot and rows <= DOT_ROWS else None
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for x (…, in_features), weight (out_features, in_features) and bias (out_features,), all bfloat16."""
     if _needs_gradient(x, weight):
         return F.linear(x, weight, bias)
-    if is_few(x) and weight.shape[1] % WIDTH == 0:
+    kernel = _kernel_for(x.numel() // x.shape[-1], x.shape[-1])
+    if kernel == "few":
         return torch.ops.t2app.few_rows_linear.default(x, weight, bias)
+    if kernel == "dot":
+        return torch.ops.t2app.dot_linear.default(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     if has_bfloat16_arithmetic():
         y = F.linear(rows, weight, bias)
     else:
         y = F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return y.view(*x.shape[:-1], -1)
-
-
-def is_few(x: Tensor) -> bool:
-    """Whether x (…, features) has so few rows that the kernels are the faster ones."""
-    return x.numel() <= FEW_ROWS * x.shape[-1]
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
