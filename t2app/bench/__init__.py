@@ -7,6 +7,7 @@ from t2app.bench.decode import bench_decode
 from t2app.bench.figure import Figure
 from t2app.bench.first_pass import bench_first_pass
 from t2app.bench.products import bench_products
+from t2app.bench.profile import bench_profile
 from t2app.bench.recommended import bench_recommended
 from t2app.bench.search import bench_search
 from t2app.bench.start import bench_start
@@ -15,6 +16,7 @@ from t2app.bench.wordings import bench_wordings
 
 BENCHES: dict[str, Callable[[str, str], Iterator[Figure]]] = {
     "decode": bench_decode,
+    "profile": bench_profile,
     "start": bench_start,
     "products": bench_products,
     "training": bench_training,
