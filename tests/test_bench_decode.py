@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2app.bench.composed import ComposedWeights
-from t2app.bench.decode import answering_ways, bench_decode
+from t2app.bench.decode import answering_ways, bench_decode, decode_figures
 from t2app.bench.generate import generate, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
@@ -95,38 +95,44 @@ def test_bytes_of_a_step_are_those_of_the_whole_model_and_the_bases(model):
 
 
 def test_times_of_a_step_are_seen_by_kind_and_leave_the_model_as_it_was(model):
-    base, both = stepper(model, [None], 1), stepper(model, [None, even_mixture(model)], 1)
-    of_base, of_both = times_by_kind(model, base), times_by_kind(model, both)
-    assert of_base.pop("edits") == 0 < of_both["edits"]
-    assert all(seconds > 0 for seconds in (*of_base.values(), *of_both.values()))
-    assert max(of_base, key=of_base.get) == "products"
+    base, both = (stepper(model, rows, 3) for rows in ([None], [None, even_mixture(model)]))
+    linear = []
+    for step in (base, both):
+        times = [times_by_kind(model, step) for _ in range(3)]
+        assert all(seconds > 0 for kinds in times for seconds in kinds.values())
+        linear.append(min(kinds["linear"] for kinds in times))
+    assert linear[0] < linear[1]
     assert not any(module._forward_hooks for module in model.adapted.model.modules())
 
 
 def test_profile_prints_shares_that_make_a_whole_step():
     figures = {figure.figure: figure for figure in bench_profile(DEFAULT_MODEL, "bf16", steps=1)}
-    for row in ("base", "both"):
-        step = figures[f"{row}_step"].value
-        assert figures[f"{row}_bandwidth_share"].value == pytest.approx(figures[f"{row}_floor"].value / step)
-        kinds = ("products", "edits", "attention", "head", "elementwise", "choice", "rest")
-        assert sum(figures[f"{row}_{kind}_share"].value for kind in kinds) == pytest.approx(1)
-    read = sum(figures[f"{part}_read"].value for part in ("blocks", "head"))
+    kinds = ["products", "attention", "head", "elementwise", "choice", "rest"]
+    for row, of_row in (("base", kinds), ("both", [*kinds, "edits"])):
+        shares = {kind: figures[f"{row}_{kind}_share"].value for kind in of_row}
+        assert sum(shares.values()) == pytest.approx(1)
+        floor, step = figures[f"{row}_floor"].value, figures[f"{row}_step"].value
+        assert figures[f"{row}_bandwidth_share"].value == pytest.approx(floor / step)
+    read = figures["blocks_read"].value + figures["head_read"].value
     assert figures["base_floor"].value == pytest.approx(read / figures["read_bandwidth"].value)
 
 
-def test_decode_prints_its_ratios_and_says_what_it_leaves_out(caplog):
+def test_decode_prints_its_ratios_and_says_what_it_leaves_out(tiny, tiny_folder, mixture, caplog):
     with caplog.at_level(logging.WARNING):
-        figures = {figure.figure: figure for figure in bench_decode(DEFAULT_MODEL, "bf16", 2, tokens=2, rounds=1)}
-    assert figures["both_over_base"].n == 2
+        figures = {row.figure: row for row in decode_figures(tiny, str(tiny_folder), mixture, 3, tokens=2, rounds=1)}
+    assert figures["both_over_base"].n == 3
     for ratio, over, under in (
         ("base_over_generate", "generate", "base"),
         ("both_over_reference", "reference", "both"),
         ("both_over_lora", "lora", "both"),
+        ("lora_over_generate", "lora", "generate"),
     ):
         times = [figures[f"{way}_seconds"].value for way in (over, under)]
         assert figures[ratio].value == pytest.approx(times[0] / times[1])
-    assert ("base_over_llama_cpp" in figures) == llama_cpp_is_there()
-    assert ("llama-cpp-python is not installed" in caplog.text) != llama_cpp_is_there()
+    assert figures["base_tokens_per_second"].value == pytest.approx(2 / figures["base_seconds"].value)
+    assert "base_over_llama_cpp" not in figures
+    reason = "is had from safetensors" if llama_cpp_is_there() else "llama-cpp-python is not installed"
+    assert reason in caplog.text
 
 
 def test_decode_says_that_packed_weights_cannot_be_written(caplog):

@@ -58,7 +58,13 @@ def bench_decode(
         ValueError: the model has no expert to measure with.
     """
     model = load_model(model_name, precision)
-    mixture = even_mixture(model)
+    yield from decode_figures(model, model_name, even_mixture(model), steps, tokens, rounds)
+
+
+def decode_figures(
+    model: Model, model_name: str, mixture: Deltas, steps: int, tokens: int, rounds: int
+) -> Iterator[Figure]:
+    """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
     base, both = stepper(model, [None], steps), stepper(model, [None, mixture], steps)
     pairs = [(seconds(base), seconds(both)) for _ in range(steps)]
     yield figure_of("decode", "base_step", [1e3 * first for first, _ in pairs], "ms")

@@ -22,19 +22,19 @@ from t2app.spectral import SpectralLinear
 
 # Several times what a CPU's caches hold.
 _READ_NUMBERS = 64 * 2**20
-# What an operation is for, by the module that it runs in: the products of the blocks' linear layers, the edits beside
-# them, all else of attention (positions, keys and values among it), the output layer, and everything else in the model
-# (norms, activations, sums, the embedding). What runs outside of it chooses the token.
-_PRODUCTS, _EDITS, _ATTENTION, _HEAD, _ELEMENTWISE = "products", "edits", "attention", "head", "elementwise"
-_CHOICE = "choice"
-_KINDS = (_PRODUCTS, _EDITS, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
+# What an operation is for, by the module that it runs in: the blocks' linear layers with their edits, all else of
+# attention (positions, keys and values among it), the output layer, and everything else in the model (norms,
+# activations, sums, the embedding). What runs outside of it chooses the token.
+_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE = "linear", "attention", "head", "elementwise", "choice"
+_KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
 
 
 def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[Figure]:
     """The memory's read bandwidth, the weights' bytes and so a step's floor, and a step's time by what it is spent on.
 
     `…_bandwidth_share` is the floor over the step: at 1 a step does nothing but read its weights at full speed. The
-    other shares are of the time of the step before, which is not profiled.
+    other shares are of the time of the step before, which is not profiled. Of the blocks' linear layers, `products` is
+    what they take in a step of the base model, and `edits` what they take more in one of both answers.
 
     Args:
         steps: how many of each are measured.
@@ -49,32 +49,33 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
     read = weight_bytes(model)
     for name, bytes_ in (("blocks", read.blocks), ("head", read.head), ("bases", read.bases)):
         yield figure_of("profile", f"{name}_read", [bytes_ / 1e6], "MB")
-    streams = {name: stepper(model, rows, 2 * steps) for name, rows in mixtures.items()}
+    streams = {name: stepper(model, rows, 3 * steps) for name, rows in mixtures.items()}
     numbers = torch.ones(_READ_NUMBERS)
     numbers.sum()
     reading: list[float] = []
-    measured: dict[str, list[tuple[float, dict[str, float]]]] = {name: [] for name in streams}
+    times: dict[str, list[float]] = {name: [] for name in streams}
+    by_kind: dict[str, list[dict[str, float]]] = {name: [] for name in streams}
     for _ in range(steps):
         reading.append(seconds(numbers.sum) / numbers.nbytes)
         for name, step in streams.items():
-            measured[name].append((seconds(step), times_by_kind(model, step)))
+            step()  # the profiler's own work has left nothing of the model in the caches
+            times[name].append(seconds(step))
+            by_kind[name].append(times_by_kind(model, step))
     yield figure_of("profile", "read_bandwidth", [1e-9 / value for value in reading], "GB/s")
     for name, bytes_ in (("base", read.base), ("both", read.both)):
-        floors, times = [value * bytes_ for value in reading], [time for time, _ in measured[name]]
+        floors = [value * bytes_ for value in reading]
         yield figure_of("profile", f"{name}_floor", [1e3 * floor for floor in floors], "ms")
-        yield figure_of("profile", f"{name}_step", [1e3 * time for time in times], "ms")
-        shares = [floor / time for floor, time in zip(floors, times, strict=True)]
-        yield figure_of("profile", f"{name}_bandwidth_share", shares, "ratio")
-        yield from _share_figures(name, measured[name])
-
-
-def _share_figures(name: str, measured: list[tuple[float, dict[str, float]]]) -> Iterator[Figure]:
-    for kind in _KINDS:
-        yield figure_of(
-            "profile", f"{name}_{kind}_share", [by_kind[kind] / time for time, by_kind in measured], "ratio"
-        )
-    rest = [1 - sum(by_kind.values()) / time for time, by_kind in measured]
-    yield figure_of("profile", f"{name}_rest_share", rest, "ratio")
+        yield figure_of("profile", f"{name}_step", [1e3 * time for time in times[name]], "ms")
+        spent = {"bandwidth": floors, "products": [kinds[_LINEAR] for kinds in by_kind["base"]]}
+        if name == "both":
+            linear = [kinds[_LINEAR] for kinds in by_kind["both"]]
+            spent["edits"] = [both - base for both, base in zip(linear, spent["products"], strict=True)]
+        for kind in _KINDS[1:]:
+            spent[kind] = [kinds[kind] for kinds in by_kind[name]]
+        spent["rest"] = [time - sum(kinds.values()) for time, kinds in zip(times[name], by_kind[name], strict=True)]
+        for kind, values in spent.items():
+            shares = [value / time for value, time in zip(values, times[name], strict=True)]
+            yield figure_of("profile", f"{name}_{kind}_share", shares, "ratio")
 
 
 def times_by_kind(model: Model, step: Callable[[], object]) -> dict[str, float]:
@@ -118,10 +119,8 @@ def _marked(transformer: nn.Module) -> Iterator[None]:
 
 def _kind(path: str, module: nn.Module) -> str | None:
     """What the operations of a module are for that are in none of its parts; None: the same as around it."""
-    if isinstance(module, SpectralLinear):
-        return _EDITS
-    if isinstance(module, nn.Linear):
-        return _PRODUCTS
+    if isinstance(module, (SpectralLinear, nn.Linear)):
+        return _LINEAR
     if path == "":
         return _ELEMENTWISE
     return _ATTENTION if "Attention" in type(module).__name__ else None
