@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
 from vision_models import save_vision_parts
 
+from t2app.catalogue import FOUR_BIT
 from t2app.families import random_model
 from t2app.models import Model, load_model
 
@@ -45,6 +46,12 @@ def real() -> Model:
 def plain() -> nn.Module:
     """The embedded model in fp32 with nothing adapted, a second copy of it."""
     return load_model(precision="fp32", layers=lambda path: False).adapted.model
+
+
+@pytest.fixture(scope="session")
+def real_4bit() -> Model:
+    """The embedded model in 4-bit with its experts."""
+    return load_model(precision=FOUR_BIT)
 
 
 @pytest.fixture(scope="session")

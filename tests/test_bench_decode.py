@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2app.bench.composed import ComposedWeights
-from t2app.bench.decode import answering_ways, bench_decode, decode_figures
+from t2app.bench.decode import answering_ways, decode_figures
 from t2app.bench.generate import generate, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
@@ -135,10 +135,10 @@ def test_decode_prints_its_ratios_and_says_what_it_leaves_out(tiny, tiny_folder,
     assert reason in caplog.text
 
 
-def test_decode_says_that_packed_weights_cannot_be_written(caplog):
-    figures = bench_decode(DEFAULT_MODEL, "4bit", steps=2)
+def test_decode_says_that_packed_weights_cannot_be_written(real_4bit, caplog):
     with caplog.at_level(logging.WARNING):
-        assert [figure.figure for figure in figures] == ["base_step", "both_step", "both_over_base"]
+        figures = list(decode_figures(real_4bit, DEFAULT_MODEL, even_mixture(real_4bit), 1, tokens=2, rounds=1))
+    assert [figure.figure for figure in figures] == ["base_step", "both_step", "both_over_base"]
     assert "give --precision bf16" in caplog.text
 
 

@@ -175,12 +175,6 @@ def test_checkpoint_whose_shard_is_missing_is_refused(tiny_folder, copied):
 # 4-bit
 
 
-@pytest.fixture(scope="module")
-def real_4bit() -> Model:
-    """The embedded model in 4-bit with its experts."""
-    return load_model(precision=FOUR_BIT)
-
-
 def test_embedded_model_in_4bit_takes_the_memory_that_the_catalogue_says(real_4bit, real):
     layers = [linear_layer(real_4bit.adapted.model, path) for path in real_4bit.identity.ranks]
     in_bf16 = sum(2 * layer.in_features * layer.out_features for layer in layers)
