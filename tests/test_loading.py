@@ -9,10 +9,8 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -56,44 +54,6 @@ def nbytes(layer: nn.Linear) -> int:
 
 
 # A checkpoint's name
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory) -> Path:
-    """A small random Llama as a GGUF file in float32, with a tokenizer of single characters."""
-    width, mlp_width, blocks, heads = 32, 64, 2, 2
-    tokens = ["<|endoftext|>", *map(chr, range(33, 127)), "ab"]
-    file = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
-    writer = GGUFWriter(file, "llama")
-    writer.add_context_length(256)
-    writer.add_block_count(blocks)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(mlp_width)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    draw = numpy.random.default_rng(0)
-    shapes = {"token_embd": (len(tokens), width), "output": (len(tokens), width), "output_norm": (width,)}
-    for block in range(blocks):
-        shapes |= {f"blk.{block}.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
-        shapes |= {f"blk.{block}.ffn_{name}": (mlp_width, width) for name in ("gate", "up")}
-        shapes |= {f"blk.{block}.ffn_down": (width, mlp_width)}
-        shapes |= {f"blk.{block}.{name}_norm": (width,) for name in ("attn", "ffn")}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", draw.normal(size=shape).astype(numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 def test_gguf_file_is_converted_once_and_found_by_its_content(gguf, tmp_path, monkeypatch):
@@ -213,12 +173,6 @@ def test_checkpoint_whose_shard_is_missing_is_refused(tiny_folder, copied):
 
 
 # 4-bit
-
-
-@pytest.fixture(scope="module")
-def real_4bit() -> Model:
-    """The embedded model in 4-bit with its experts."""
-    return load_model(precision=FOUR_BIT)
 
 
 def test_embedded_model_in_4bit_takes_the_memory_that_the_catalogue_says(real_4bit, real):

@@ -8,6 +8,7 @@ from t2app.bench.figure import Figure
 # `first-pass` is the function `bench_first_pass` of `first_pass.py`, and so on.
 BENCHES = (
     "decode",
+    "profile",
     "edit",
     "start",
     "products",

@@ -1,54 +1,153 @@
-"""What the second answer of the page costs: a decoding step with both rows against one of the base model alone."""
+"""What the second answer of the page costs, and what both cost elsewhere.
 
-from collections.abc import Callable, Iterator
+A step with both rows is measured against one of the base model alone. Whole answers are measured against those by
+transformers' `generate`: the base model's against its own; both against the authors' way, which writes W' into the
+weights for the one answer and W back for the other, and against a LoRA of rank 16 in a mixed batch of peft's. The base
+model's answer is measured against llama.cpp's too.
+"""
 
-import torch
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.experts import mix
-from t2app.key_values import GrowingCache
+from t2app.bench.generate import LoraBeside, generate, generate_composed, plain_model
+from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
+from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes
+from t2app.catalogue import FOUR_BIT
+from t2app.checkpoints import ModelError, gguf_of
+from t2app.decoding import collected, decode
+from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas
 
-_CONTEXT_TOKENS = 64
-_STEPS = 60
+# Answers of so many tokens to the context that it was made with: the token ids of every row.
+Way = Callable[[int], list[list[int]]]
+
+_WARM_UP_TOKENS = 8
+# Of the times of two ways, the first over the second.
+_RATIOS = {
+    "base_over_generate": ("generate", "base"),
+    "both_over_reference": ("reference", "both"),
+    "both_over_lora": ("lora", "both"),
+    "base_over_llama_cpp": ("llama_cpp", "base"),
+    "base_over_llama_cpp_bf16": ("llama_cpp_bf16", "base"),
+    "lora_over_generate": ("lora", "generate"),
+}
 
 
-def bench_decode(model_name: str, precision: str) -> Iterator[Figure]:
-    """A decoding step with both answers against one of the plain base model, at the same length.
+def bench_decode(
+    model_name: str, precision: str, steps: int = 60, tokens: int = 128, rounds: int = 5
+) -> Iterator[Figure]:
+    """A decoding step with both answers over one of the plain base model, and whole answers ours and elsewhere.
 
-    The steps alternate, so that a slow moment of the machine meets both. Both go through the same loaded model.
+    `both_over_base` is what a step with both costs of one without, and `lora_over_generate` what both answers cost of
+    one where a LoRA gives the second. The other ratios tell how many times faster ours is than what stands after
+    `over`, to the same context and of as many tokens. All ways take turns, so that a slow moment of the machine meets
+    each. `…_read` is what a token reads of weights; llama.cpp answers from the file as it is quantised, and as bf16.
+
+    Args:
+        steps: how many are measured; tokens: of an answer; rounds: in how many every way answers once.
 
     Raises:
         ValueError: the model has no expert to measure with.
     """
     model = load_model(model_name, precision)
-    mixture = mix(model.experts, {expert.name: 1.0 for expert in model.experts})
-    if mixture is None:
-        raise ValueError(f"{model.name} has no expert to measure with")
-    base = _stepper(model, [None])
-    both = _stepper(model, [None, mixture])
-    for step in (base, both):
-        for _ in range(5):
-            step()
-    pairs = [(seconds(base), seconds(both)) for _ in range(_STEPS)]
+    yield from decode_figures(model, model_name, even_mixture(model), steps, tokens, rounds)
+
+
+def decode_figures(
+    model: Model, model_name: str, mixture: Deltas, steps: int, tokens: int, rounds: int
+) -> Iterator[Figure]:
+    """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
+    base, both = stepper(model, [None], steps), stepper(model, [None, mixture], steps)
+    pairs = [(seconds(base), seconds(both)) for _ in range(steps)]
     yield figure_of("decode", "base_step", [1e3 * first for first, _ in pairs], "ms")
     yield figure_of("decode", "both_step", [1e3 * second for _, second in pairs], "ms")
     yield figure_of("decode", "both_over_base", [second / first for first, second in pairs], "ratio")
+    if model.precision == FOUR_BIT:
+        logging.getLogger(__name__).warning(
+            "whole answers are not compared: in 4-bit no W' can be written into the weights; give --precision bf16"
+        )
+        return
+    context = random_context()
+    ways = answering_ways(model, plain_model(model, model_name), mixture, context)
+    read = {"base": weight_bytes(model).base}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, gguf in _gguf_files(model_name, Path(folder)):
+            ways[name] = partial(_llama_cpp_answer, LlamaCpp(gguf), context)
+            read[name] = gguf_bytes(gguf)
+        yield from _answer_figures(_times(ways, tokens, rounds), read, tokens)
 
 
-def _stepper(model: Model, mixtures: list[Deltas | None]) -> Callable[[], None]:
-    """One decoding step with a row for each mixture, continuing a context of random tokens."""
-    transformer, device = model.adapted.model, model.adapted.model.device
-    generator = torch.Generator().manual_seed(0)
-    context = torch.randint(100, 1000, (1, _CONTEXT_TOKENS), generator=generator).expand(len(mixtures), -1).to(device)
-    cache = GrowingCache(transformer.config)
+def answering_ways(model: Model, plain: PreTrainedModel, mixture: Deltas, context: Sequence[int]) -> dict[str, Way]:
+    """The ways to answer in this process, by name: the base model alone, or it and the adapted one.
 
-    plan = model.adapted.plan(mixtures)
+    Args:
+        plain: the model without anything of ours, see `plain_model`.
+    """
+    paths = list(model.adapted.layers)
+    return {
+        "base": partial(_decoded, model, [None], context),
+        "generate": partial(generate, plain, context),
+        "both": partial(_decoded, model, [None, mixture], context),
+        "reference": partial(generate_composed, plain, ComposedWeights(plain, paths), mixture, context),
+        "lora": partial(LoraBeside(plain, paths).generate, context),
+    }
 
-    def forward(ids: torch.Tensor) -> None:
-        with torch.inference_mode(), model.adapted.using(plan):
-            transformer(input_ids=ids, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
 
-    forward(context)
-    return lambda: forward(context[:, :1])
+def _decoded(model: Model, mixtures: Sequence[Deltas | None], context: Sequence[int], tokens: int) -> list[list[int]]:
+    # No token ends an answer: all ways then answer at the same length.
+    return collected(decode(model.adapted, [context] * len(mixtures), mixtures, Sampling(tokens), ()))
+
+
+def _llama_cpp_answer(llama: LlamaCpp, context: Sequence[int], tokens: int) -> list[list[int]]:
+    return [llama.answer(context, tokens)]
+
+
+def _gguf_files(model_name: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files that llama.cpp answers from, by the name of the way; none, and a sentence why, where it can't."""
+    log = logging.getLogger(__name__)
+    if not llama_cpp_is_there():
+        log.warning("llama.cpp is not compared with: its package llama-cpp-python is not installed")
+        return
+    try:
+        gguf = gguf_of(model_name, folder, lambda message, share: None)
+    except ModelError as error:
+        log.warning("llama.cpp is not compared with: %s", error)
+        return
+    if gguf is None:
+        log.warning("llama.cpp is not compared with: it takes GGUF files, and %s is had from safetensors", model_name)
+        return
+    yield "llama_cpp", gguf
+    as_bf16 = folder / "bf16.gguf"
+    write_as_bf16(gguf, as_bf16)
+    yield "llama_cpp_bf16", as_bf16
+
+
+def _times(ways: Mapping[str, Way], tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every way's answers, a value a round."""
+    for way in ways.values():
+        way(_WARM_UP_TOKENS)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(seconds(partial(way, tokens)))
+    return times
+
+
+def _answer_figures(times: Mapping[str, list[float]], read: Mapping[str, int], tokens: int) -> Iterator[Figure]:
+    for name, measured in times.items():
+        yield figure_of("decode", f"{name}_seconds", measured, "s")
+    for name, bytes_ in read.items():
+        yield figure_of("decode", f"{name}_tokens_per_second", [tokens / value for value in times[name]], "tokens/s")
+        yield figure_of("decode", f"{name}_read", [bytes_ / 1e6], "MB")
+    for figure, (over, under) in _RATIOS.items():
+        if over in times:
+            ratios = [first / second for first, second in zip(times[over], times[under], strict=True)]
+            yield figure_of("decode", figure, ratios, "ratio")

@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
-from t2app.bench.composed import compose, factors_of
+from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.experts import mix
 from t2app.models import Model, load_model
 from t2app.search.scores import log_likelihoods
-from t2app.spectral import Deltas, linear_layer
+from t2app.spectral import Deltas
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
 
@@ -55,19 +55,14 @@ class ComposedModel:
 
     def __init__(self, model: Model):
         self._model = model
-        self._weights = {path: linear_layer(model.adapted.model, path).weight for path in model.adapted.layers}
-        self._factors = {path: factors_of(weight) for path, weight in self._weights.items()}
+        self._weights = ComposedWeights(model.adapted.model, model.adapted.layers)
 
     @torch.inference_mode()
     def log_likelihoods(self, shots: Sequence[Example], mixtures: Sequence[Deltas | None]) -> list[float]:
         """As `scores.log_likelihoods`; the model's own weights are back afterwards."""
-        own = {path: weight.clone() for path, weight in self._weights.items()}
         means = []
         for mixture in mixtures:
-            for path, weight in self._weights.items():
-                delta = (mixture or {}).get(path)
-                weight.copy_(own[path] if delta is None else compose(self._factors[path], delta.to(weight.device)))
+            self._weights.write(mixture)
             means.append(sum(log_likelihoods(self._model, [shot], [None])[0] for shot in shots) / len(shots))
-        for path, weight in self._weights.items():
-            weight.copy_(own[path])
+        self._weights.write(None)
         return means

@@ -1,0 +1,126 @@
+"""Where the time of a decoding step goes, and how near it comes to reading its weights once.
+
+No step is faster than the memory gives its weights: that is the floor. What the memory gives is measured beside the
+steps, since a virtual machine's part of it changes. Where the time goes is told by torch's profiler, by the module that
+an operation runs in. The profiler makes a step slower, but hardly an operation; so the operations' times are held
+against a step without it, and what they leave is the rest: Python, and what PyTorch does around its operations.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.profiler import profile, record_function
+
+from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.step import even_mixture, stepper, weight_bytes
+from t2app.models import Model, load_model
+from t2app.spectral import SpectralLinear
+
+# Several times what a CPU's caches hold.
+_READ_NUMBERS = 64 * 2**20
+# What an operation is for, by the module that it runs in: the blocks' linear layers with their edits, all else of
+# attention (positions, keys and values among it), the output layer, and everything else in the model (norms,
+# activations, sums, the embedding). What runs outside of it chooses the token.
+_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE = "linear", "attention", "head", "elementwise", "choice"
+_KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
+
+
+def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[Figure]:
+    """The memory's read bandwidth, the weights' bytes and so a step's floor, and a step's time by what it is spent on.
+
+    `…_bandwidth_share` is the floor over the step: at 1 a step does nothing but read its weights at full speed. The
+    other shares are of the time of the step before, which is not profiled. Of the blocks' linear layers, `products` is
+    what they take in a step of the base model, and `edits` what they take more in one of both answers.
+
+    Args:
+        steps: how many of each are measured.
+
+    Raises:
+        ValueError: the model has no expert to measure with, or is on a GPU, which runs apart from what this sees.
+    """
+    model = load_model(model_name, precision)
+    if model.adapted.model.device.type != "cpu":
+        raise ValueError("the bench 'profile' sees a CPU's time only; a GPU's steps are measured by 'decode'")
+    mixtures = {"base": [None], "both": [None, even_mixture(model)]}
+    read = weight_bytes(model)
+    for name, bytes_ in (("blocks", read.blocks), ("head", read.head), ("bases", read.bases)):
+        yield figure_of("profile", f"{name}_read", [bytes_ / 1e6], "MB")
+    streams = {name: stepper(model, rows, 3 * steps) for name, rows in mixtures.items()}
+    numbers = torch.ones(_READ_NUMBERS)
+    numbers.sum()
+    reading: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in streams}
+    by_kind: dict[str, list[dict[str, float]]] = {name: [] for name in streams}
+    for _ in range(steps):
+        reading.append(seconds(numbers.sum) / numbers.nbytes)
+        for name, step in streams.items():
+            step()  # the profiler's own work has left nothing of the model in the caches
+            times[name].append(seconds(step))
+            by_kind[name].append(times_by_kind(model, step))
+    yield figure_of("profile", "read_bandwidth", [1e-9 / value for value in reading], "GB/s")
+    for name, bytes_ in (("base", read.base), ("both", read.both)):
+        floors = [value * bytes_ for value in reading]
+        yield figure_of("profile", f"{name}_floor", [1e3 * floor for floor in floors], "ms")
+        yield figure_of("profile", f"{name}_step", [1e3 * time for time in times[name]], "ms")
+        spent = {"bandwidth": floors, "products": [kinds[_LINEAR] for kinds in by_kind["base"]]}
+        if name == "both":
+            linear = [kinds[_LINEAR] for kinds in by_kind["both"]]
+            spent["edits"] = [both - base for both, base in zip(linear, spent["products"], strict=True)]
+        for kind in _KINDS[1:]:
+            spent[kind] = [kinds[kind] for kinds in by_kind[name]]
+        spent["rest"] = [time - sum(kinds.values()) for time, kinds in zip(times[name], by_kind[name], strict=True)]
+        for kind, values in spent.items():
+            shares = [value / time for value, time in zip(values, times[name], strict=True)]
+            yield figure_of("profile", f"{name}_{kind}_share", shares, "ratio")
+
+
+def times_by_kind(model: Model, step: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the operations of one step by their kind; what runs between two operations is of none."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or every step would print two lines on standard error
+    with _marked(model.adapted.model), profile(use_kineto=False) as profiled:
+        step()
+    times = dict.fromkeys(_KINDS, 0.0)
+    for event in profiled.function_events:
+        if event.name in _KINDS or event.name.startswith("profiler::"):
+            continue
+        kind = _CHOICE if event.cpu_parent is None else event.cpu_parent.name
+        # An operation that another one calls is in that one's time.
+        if kind in times:
+            times[kind] += 1e-6 * event.time_range.elapsed_us()
+    return times
+
+
+@contextmanager
+def _marked(transformer: nn.Module) -> Iterator[None]:
+    """For the time of a block, every module that says what its operations are for marks them in a profile."""
+    head = transformer.get_output_embeddings()
+    handles, marks = [], []
+
+    def enter(kind: str, *_: object) -> None:
+        marks.append(record_function(kind).__enter__())
+
+    def leave(*_: object) -> None:
+        marks.pop().__exit__(None, None, None)
+
+    for path, module in transformer.named_modules():
+        kind = _HEAD if module is head else _kind(path, module)
+        if kind is not None:
+            handles += [module.register_forward_pre_hook(partial(enter, kind)), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kind(path: str, module: nn.Module) -> str | None:
+    """What the operations of a module are for that are in none of its parts; None: the same as around it."""
+    if isinstance(module, (SpectralLinear, nn.Linear)):
+        return _LINEAR
+    if path == "":
+        return _ELEMENTWISE
+    return _ATTENTION if "Attention" in type(module).__name__ else None

@@ -1,0 +1,88 @@
+"""A decoding step, of both answers or of the base model alone, and the weights that it reads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from t2app.decoding import decode
+from t2app.experts import mix
+from t2app.messages import Sampling
+from t2app.models import Model
+from t2app.spectral import Deltas, SpectralLinear
+
+_CONTEXT_TOKENS = 64
+_WARM_UP = 5
+
+
+def even_mixture(model: Model) -> Deltas:
+    """All of the model's experts at once, each with α = 1: what is measured does not depend on which are mixed.
+
+    Raises:
+        ValueError: the model has no expert to measure with.
+    """
+    mixture = mix(model.experts, {expert.name: 1.0 for expert in model.experts})
+    if mixture is None:
+        raise ValueError(f"{model.name} has no expert to measure with")
+    return mixture
+
+
+def random_context() -> list[int]:
+    """The token ids that are gone on from."""
+    return torch.randint(100, 1000, (_CONTEXT_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def stepper(model: Model, mixtures: Sequence[Deltas | None], steps: int) -> Callable[[], object]:
+    """A decode of a row for each mixture whose every call is one step of `decode`; it can be called `steps` times.
+
+    What comes before is done: the context is computed, and the first steps, which warm up.
+    """
+    sampling = Sampling(1 + _WARM_UP + steps)
+    # No token ends an answer: all rows go on to the last step.
+    stream = decode(model.adapted, [random_context()] * len(mixtures), mixtures, sampling, ())
+    for _ in range(1 + _WARM_UP):
+        next(stream)
+    return partial(next, stream)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """What a step reads of weights, each number once however many rows there are, in bytes.
+
+    Attributes:
+        blocks: the weights of the blocks and the norms; head: of the output layer.
+        bases: the singular vectors of the adapted layers, which only a step with an adapted row reads.
+    """
+
+    blocks: int
+    head: int
+    bases: int
+
+    @property
+    def base(self) -> int:
+        """Of a step of the base model alone."""
+        return self.blocks + self.head
+
+    @property
+    def both(self) -> int:
+        """Of a step of both answers."""
+        return self.base + self.bases
+
+
+def weight_bytes(model: Model) -> WeightBytes:
+    """The bytes by what they belong to; one row of the embedding and the keys and values are too few to count."""
+    transformer = model.adapted.model
+    decoder = transformer.get_decoder()
+    embedding = transformer.get_input_embeddings().weight
+    head = transformer.get_output_embeddings().weight
+    return WeightBytes(
+        blocks=sum(weights.nbytes for weights in decoder.parameters() if weights is not embedding),
+        head=head.nbytes,
+        bases=sum(_read_of(layer) for layer in model.adapted.layers.values()),
+    )
+
+
+def _read_of(layer: SpectralLinear) -> int:
+    vectors = (layer.vectors,) if layer.packed is None else layer.packed
+    return sum(tensor.nbytes for tensor in vectors)
