@@ -23,7 +23,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels import FastLinear, pack_vectors
+from t2app.kernels import FastLinear, needs_gradient, pack_vectors
 from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
@@ -92,11 +92,13 @@ class RowDeltas(NamedTuple):
         count: rows of the batch.
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
+        kernel: the whole layer for one token a row, without a gradient; None where there is no kernel for that.
     """
 
     count: int
     edited: slice | Tensor
     delta: Tensor
+    kernel: Callable[[Tensor], Tensor] | None
 
     @property
     def edits_all(self) -> bool:
@@ -135,14 +137,20 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
-        _, rows, delta = self.rows
-        if self.packed is not None and self.base.adapts(x, self.packed, rows, delta):
-            return self.base.adapted(x, self.vectors, self.packed, self.edits_input, rows, delta)
+        _, rows, delta, kernel = self.rows
+        if kernel is not None and x.shape[1] == 1 and not needs_gradient(x, delta):
+            return kernel(x)
         if self.in_basis is not None and self.rows.edits_all:
             return self._by_factors(x, 1 + delta)
         if self.edits_input:
             return self.base(edited(x, rows, self.vectors, delta))
         return edited(self.base(x), rows, self.vectors, delta, self.bias)
+
+    def kernel_for(self, count: int, rows: slice | Tensor, delta: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """See `RowDeltas.kernel`, of which these are the other attributes."""
+        if self.packed is None or not isinstance(rows, slice):
+            return None
+        return self.base.adapted(self.vectors, self.packed, self.edits_input, count, rows, delta)
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
         """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""
@@ -243,7 +251,8 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     # A slice of rows is a view; an index of rows that are apart copies them.
     together = last - first + 1 == len(adapted)
     rows = slice(first, last + 1) if together else torch.tensor(adapted, device=device)
-    return RowDeltas(len(deltas), rows, delta.to(device, torch.float32))
+    delta = delta.to(device, torch.float32)
+    return RowDeltas(len(deltas), rows, delta, layer.kernel_for(len(deltas), rows, delta))
 
 
 def require_gradients(model: nn.Module) -> None:

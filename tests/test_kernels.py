@@ -86,8 +86,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     edited_rows = slice(first, first + count)
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
-    assert fast.adapts(x, packed, edited_rows, delta)
-    found = fast.adapted(x, vectors, packed, basis.edits_input, edited_rows, delta)
+    found = fast.adapted(vectors, packed, basis.edits_input, rows, edited_rows, delta)(x)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
     exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x[:, 0].double(), z.double(), strict=True)])

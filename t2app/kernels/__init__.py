@@ -11,9 +11,9 @@ from torch import nn
 
 from t2app.kernels.attention import use_fast_attention
 from t2app.kernels.build import load_kernels
-from t2app.kernels.linear import FastLinear, has_bfloat16_arithmetic, pack_vectors, use_fast_linears
+from t2app.kernels.linear import FastLinear, has_bfloat16_arithmetic, needs_gradient, pack_vectors, use_fast_linears
 
-__all__ = ["FastLinear", "has_bfloat16_arithmetic", "load_kernels", "pack_vectors", "use_kernels"]
+__all__ = ["FastLinear", "has_bfloat16_arithmetic", "load_kernels", "needs_gradient", "pack_vectors", "use_kernels"]
 
 
 def use_kernels(model: nn.Module, folder: Path) -> None:

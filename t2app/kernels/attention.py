@@ -7,6 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from t2app.kernels.build import WIDTH
+from t2app.kernels.linear import needs_gradient
 
 _NAME = "t2app"
 _TORCHS = "sdpa"
@@ -47,6 +48,6 @@ def fast_attention(
 def _is_plain(query: Tensor, value: Tensor, mask: Tensor | None, others: dict) -> bool:
     size = query.shape[-1]
     plain_mask = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-    grad = torch.is_grad_enabled() and (query.requires_grad or value.requires_grad)
+    grad = needs_gradient(query, value)
     changed = others.get("dropout") or others.get("position_bias") is not None or others.get("softcap") is not None
     return value.shape[-1] == size and size % WIDTH == 0 and plain_mask and not grad and not changed

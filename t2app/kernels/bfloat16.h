@@ -17,6 +17,14 @@ inline void prefetch(const void* used_now) {
   _mm_prefetch(reinterpret_cast<const char*>(used_now) + kPrefetchBytes, _MM_HINT_T0);
 }
 
+constexpr int64_t kCacheLine = 64;
+// What comes before `prefetch` asks for anything.
+inline void prefetch_beginning(const void* used_soon) {
+  for (int64_t i = 0; i < kPrefetchBytes; i += kCacheLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(used_soon) + i, _MM_HINT_T0);
+  }
+}
+
 // Elements that are widened together; the lengths of all rows divide by it.
 constexpr int64_t kBlock = 16;
 

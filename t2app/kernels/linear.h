@@ -103,7 +103,7 @@ inline void add_contributions(const int8_t* vectors, const float* weights, const
     const __m256 first = _mm256_loadu_ps(x + i), second = _mm256_loadu_ps(x + i + 8);
     for (int v = 0; v < N; ++v) {
       const int8_t* vector = vectors + v * narrow + i;
-      prefetch(vector);
+      if (i % kCacheLine == 0) prefetch(vector);
       even[v] = _mm256_fmadd_ps(widened(vector), first, even[v]);
       odd[v] = _mm256_fmadd_ps(widened(vector + 8), second, odd[v]);
     }
@@ -142,6 +142,9 @@ class Edit {
     }
   }
 
+  // This thread's share of V is going to be read.
+  void prefetch_share() const { prefetch_beginning(vectors_ + Share(rank_).begin * narrow_); }
+
   // This thread's part of the change, from all rows' narrow side in even-first order.
   void compute(const float* side) {
     const Share share(rank_);
@@ -150,13 +153,15 @@ class Edit {
     for (; i < share.end; ++i) contribute<1>(side, i);
   }
 
-  bool edits(int64_t row) const { return row >= first_ && row < first_ + count_; }
-
-  // A row's side once edited, at one place, after all threads have computed their part.
-  float edited(const float* side, int64_t row, int64_t place, int64_t threads) const {
-    float value = side[row * narrow_ + place];
-    for (int64_t t = 0; t < threads; ++t) value += changes_[t * stride_ + (row - first_) * narrow_ + place];
-    return value;
+  // Adds what all threads have computed to the edited rows, from one place of theirs to another.
+  void apply(float* side, int64_t begin, int64_t end, int64_t threads) const {
+    for (int64_t row = 0; row < count_; ++row) {
+      float* edited = side + (first_ + row) * narrow_;
+      for (int64_t t = 0; t < threads; ++t) {
+        const float* change = changes_.data() + t * stride_ + row * narrow_;
+        for (int64_t i = begin; i < end; ++i) edited[i] += change[i];
+      }
+    }
   }
 
  private:
@@ -219,27 +224,26 @@ inline at::Tensor few_rows_adapted(const at::Tensor& x, const at::Tensor& weight
     const int64_t threads = omp_get_num_threads();
     if (edits_input) {
       edit.compute(wide.data());
+      prefetch_beginning(w + Share(n).begin * k);
 #pragma omp barrier
       // Each thread has its own copy of x, so that none waits for another's.
       std::vector<float> own(wide);
-      for (int64_t row = first; row < first + edited; ++row) {
-        for (int64_t i = 0; i < k; ++i) own[row * k + i] = edit.edited(wide.data(), row, i, threads);
-      }
+      edit.apply(own.data(), 0, k, threads);
       multiply(own.data(), rows, w, n, k,
                [&](int64_t row, int64_t o, float value) { target[row * n + o] = value + b[o]; });
     } else {
       multiply(wide.data(), rows, w, n, k,
                [&](int64_t row, int64_t o, float value) { product[row * n + place(o)] = value; });
+      edit.prefetch_share();
 #pragma omp barrier
       edit.compute(product.data());
 #pragma omp barrier
-      const Share share(n);
+      // Whole blocks, whose elements are in another order here than in the result.
+      const Share blocks(n / kBlock);
+      const int64_t begin = blocks.begin * kBlock, end = blocks.end * kBlock;
+      edit.apply(product.data(), begin, end, threads);
       for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t o = share.begin; o < share.end; ++o) {
-          const int64_t at = place(o);
-          const float value = edit.edits(row) ? edit.edited(product.data(), row, at, threads) : product[row * n + at];
-          target[row * n + o] = value + b[o];
-        }
+        for (int64_t o = begin; o < end; ++o) target[row * n + o] = product[row * n + place(o)] + b[o];
       }
     }
   }

@@ -6,6 +6,7 @@ the CPU has 16-bit arithmetic. Where it has none, torch multiplies bfloat16 one 
 through a float32 copy of the weight that lives for one product. `bench products` measures all of these.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -59,34 +60,30 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return fast_linear(x, self.weight, self.bias)
 
-    def adapts(self, x: Tensor, packed: "PackedVectors", rows: slice | Tensor, delta: Tensor) -> bool:
-        """Whether `adapted` is for this: one token a row, few rows, those that are adapted together, no gradient."""
-        together = x.shape[1] == 1 and isinstance(rows, slice)
-        return together and self._kernel(x, packed) is not None and not _needs_gradient(x, delta)
-
     def adapted(
-        self, x: Tensor, vectors: Tensor, packed: "PackedVectors", edits_input: bool, rows: slice, delta: Tensor
-    ) -> Tensor:
-        """W'x + bias for some rows, W' by their z, and Wx + bias for the others.
+        self, vectors: Tensor, packed: "PackedVectors", edits_input: bool, count: int, rows: slice, delta: Tensor
+    ) -> Callable[[Tensor], Tensor] | None:
+        """What gives W'x + bias for some rows of a batch and Wx + bias for the others, from x (rows, 1, in_features).
+
+        It has no gradient. What can be decided before a step is decided here: a step calls it in every layer.
 
         Args:
-            x: (rows, 1, in_features).
             vectors: of the narrow side, which is the input or the output: (rank, narrow), a singular vector a row.
             packed: the same.
-            rows: the rows that are adapted.
+            count: rows of the batch; there is no kernel for many of them, and None is returned.
+            rows: those that are adapted.
             delta: z − 1 (1 or adapted rows, rank) in float32.
         """
-        first, count = rows.start, rows.stop - rows.start
-        if self._kernel(x, packed) == "dot":
-            return torch.ops.t2app.dot_adapted.default(
-                x, self.weight, self.bias, vectors, edits_input, delta, first, count
-            )
-        return torch.ops.t2app.few_rows_adapted.default(
-            x, self.weight, self.bias, *packed, edits_input, delta, first, count
-        )
-
-    def _kernel(self, x: Tensor, packed: "PackedVectors") -> str | None:
-        return _kernel_for(len(x), self.in_features, packed.integers.shape[1])
+        weight, bias = self.weight, self.bias
+        first, adapted = rows.start, rows.stop - rows.start
+        kernel = _kernel_for(count, self.in_features, vectors.shape[1])
+        if kernel == "few":
+            op, (integers, scales) = torch.ops.t2app.few_rows_adapted.default, packed
+            return lambda x: op(x, weight, bias, integers, scales, edits_input, delta, first, adapted)
+        if kernel == "dot":
+            op = torch.ops.t2app.dot_adapted.default
+            return lambda x: op(x, weight, bias, vectors, edits_input, delta, first, adapted)
+        return None
 
 
 def use_fast_linears(model: nn.Module) -> None:
@@ -105,6 +102,7 @@ def has_bfloat16_arithmetic() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+@cache
 def _kernel_for(rows: int, *lengths: int) -> str | None:
     """Which kernel is for so many rows, "few" or "dot", or None; the lengths are those of the rows that it reads."""
     if any(length % WIDTH for length in lengths):
@@ -117,7 +115,7 @@ def _kernel_for(rows: int, *lengths: int) -> str | None:
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for x (…, in_features), weight (out_features, in_features) and bias (out_features,), all bfloat16."""
-    if _needs_gradient(x, weight):
+    if needs_gradient(x, weight):
         return F.linear(x, weight, bias)
     kernel = _kernel_for(x.numel() // x.shape[-1], x.shape[-1])
     if kernel == "few":
@@ -132,6 +130,6 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y.view(*x.shape[:-1], -1)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
+def needs_gradient(*tensors: Tensor) -> bool:
     """Whether somebody will ask for a gradient, which the kernels have none of."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
