@@ -51,6 +51,7 @@ from t2app.messages import (
     SCORES,
     Dispatched,
     Finished,
+    Reevaluated,
     Sampling,
     SearchSettings,
     Token,
@@ -298,7 +299,7 @@ def _measure_dispatch(
 
 
 def search(options: argparse.Namespace) -> None:
-    """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far."""
+    """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far as it is."""
     file = mixture_file(options.model, options.name)
     task = task_named(options.task) if options.task in TASKS else shots_of_file(Path(options.task))
     settings = SearchSettings(
@@ -308,12 +309,20 @@ def search(options: argparse.Namespace) -> None:
     model = _load(options, many_rows=True, experts_of=options.experts_of)
     running = MixtureSearch(model, task, shots, settings)
     try:
-        for event in running.rounds():
+        for event in running.run():
             if options.json:
                 _print_json(as_json(event))
+                continue
+            best = ", ".join(f"{name}={alpha:.2f}" for name, alpha in event.best.items())
+            if isinstance(event, Reevaluated):
+                alone = ", ".join(f"{name} {right}" for name, right in event.alone.items())
+                print(
+                    f"the best {event.finalists} again: {best}   {event.right} of {event.answers} sampled answers "
+                    f"right; alone: {alone}   {event.seconds:.0f} s",
+                    flush=True,
+                )
             else:
                 right = "" if event.right is None else f"{event.right} of {len(shots)} right, "
-                best = ", ".join(f"{name}={alpha:.2f}" for name, alpha in event.best.items())
                 print(
                     f"round {event.round}: {best}   {right}{event.log_likelihood:.3f} nats a token   "
                     f"{event.evaluations} candidates, {event.seconds:.0f} s",

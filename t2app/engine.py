@@ -17,7 +17,7 @@ from PIL.Image import Image
 from t2app.decoding import TextStream, decode
 from t2app.dispatch import Dispatcher, make_dispatcher
 from t2app.experts import mean_changes, mix, share
-from t2app.messages import NAMING_DISPATCHERS, Dispatched, Event, Finished, Sampling, Searched, Token
+from t2app.messages import NAMING_DISPATCHERS, Dispatched, Event, Finished, Reevaluated, Sampling, Searched, Token
 from t2app.models import Model
 from t2app.search import MixtureSearch
 from t2app.spectral import Deltas
@@ -82,7 +82,7 @@ class Engine:
         """
         return _freeing_memory(self._answer(prompt, dispatcher, sampling, image))
 
-    def search(self, search: MixtureSearch) -> Iterator[Searched]:
+    def search(self, search: MixtureSearch) -> Iterator[Searched | Reevaluated]:
         """Run a search, as one of the callers that wait for each other; closing the iterator ends it.
 
         Raises:
@@ -126,9 +126,9 @@ class Engine:
             )
             yield from self._second_pass(ids, picture, mixture, sampling)
 
-    def _search(self, search: MixtureSearch) -> Iterator[Searched]:
+    def _search(self, search: MixtureSearch) -> Iterator[Searched | Reevaluated]:
         with self._model_in_turn():
-            yield from search.rounds()
+            yield from search.run()
 
     def _second_pass(
         self, ids: list[int], picture: PictureInputs | None, mixture: Deltas | None, sampling: Sampling
