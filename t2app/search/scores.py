@@ -6,6 +6,7 @@ Candidates are rows: all mixtures are tried on all examples in as few batches as
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from t2app.decoding import answer_log_probabilities, collected, decode, parts_by_length
@@ -38,7 +39,7 @@ def scorer(name: str, model: Model, task: Task, shots: Sequence[Example]) -> Sco
     exact = name == EXACT
 
     def score(mixtures: Sequence[Deltas | None]) -> list[Score]:
-        right = right_answers(model, task, shots, mixtures) if exact else [0] * len(mixtures)
+        right = right_answers(model, task, shots, mixtures).sum(1).tolist() if exact else [0] * len(mixtures)
         likelihoods = log_likelihoods(model, shots, mixtures)
         return [Score(*both) for both in zip(right, likelihoods, strict=True)]
 
@@ -52,15 +53,17 @@ def right_answers(
     mixtures: Sequence[Deltas | None],
     samples: int = 1,
     temperature: float = 0.0,
-) -> list[int]:
-    """How many of `samples` answers to each shot are right under each mixture; all mixtures have the same draws."""
+) -> np.ndarray:
+    """How many of `samples` answers to each shot are right under each mixture, (mixtures, shots); all mixtures have the
+    same draws.
+    """
     sampling = Sampling(max_new_tokens=task.max_new_tokens, temperature=temperature)
     prompts = [model.prompt_ids(shot.prompt) for shot in shots]
     longest = max(map(len, prompts)) + task.max_new_tokens
     in_a_batch = max(1, _BATCH_TOKENS // (longest * samples))
     # A mixture's rows stay together: what its prompts begin with is then computed in one batch, seldom in two.
     rows = [(mixture, shot) for mixture in range(len(mixtures)) for shot in range(len(shots))]
-    right = [0] * len(mixtures)
+    right = np.zeros((len(mixtures), len(shots)), dtype=int)
     for start in range(0, len(rows), in_a_batch):
         part = rows[start : start + in_a_batch]
         steps = decode(
@@ -74,7 +77,7 @@ def right_answers(
         )
         for row, ids in enumerate(collected(steps)):
             mixture, shot = part[row // samples]
-            right[mixture] += task.is_right(shots[shot], model.tokenizer.decode(ids, skip_special_tokens=True))
+            right[mixture, shot] += task.is_right(shots[shot], model.tokenizer.decode(ids, skip_special_tokens=True))
     return right
 
 

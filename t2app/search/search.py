@@ -21,6 +21,8 @@ _BANDWIDTH = 0.15
 # What is tried again beside the base model and each expert alone, and on how many answers to each example.
 _OTHERS = 6
 _SAMPLES, _SAMPLES_TEMPERATURE = 8, 0.5
+# By how many standard errors a mixture has to be better than each expert alone.
+_DOUBT = 1.0
 
 
 def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
@@ -42,6 +44,26 @@ def by_neighbourhood(scores: Mapping[Point, Score]) -> list[Point]:
 def finalists(scores: Mapping[Point, Score], alone: Sequence[Point]) -> list[Point]:
     """What is tried again: `alone`, and the best others that are too far apart to vouch for each other."""
     return [*alone, *apart(by_neighbourhood(scores), _BANDWIDTH, alone)[:_OTHERS]]
+
+
+def chosen(right: Mapping[Point, np.ndarray], scores: Mapping[Point, Score], alone: Sequence[Point]) -> Point:
+    """The finalist to keep: the best of `alone`, or the best of those others that are better beyond doubt.
+
+    That is by more than `_DOUBT` standard errors of the mean difference to the best alone over the examples. The most
+    right of several mixtures that are worth the same is always a little ahead, and an expert alone was trained to be
+    good, while what lies between two need not be (in the spirit of the one-standard-error rule, Breiman et al. 1984).
+
+    Args:
+        right: right answers to each example, (examples,), of every finalist.
+    """
+    best = max(alone, key=lambda point: (right[point].sum(), scores[point]))
+    ahead = {}
+    for point in right:
+        lead = right[point] - right[best]
+        # Of one example the error is not known, and nothing is beyond doubt.
+        if len(lead) > 1 and lead.mean() > _DOUBT * lead.std(ddof=1) / len(lead) ** 0.5:
+            ahead[point] = (right[point].sum(), scores[point])
+    return max(ahead, key=ahead.__getitem__, default=best)
 
 
 class MixtureSearch:
@@ -126,17 +148,18 @@ class MixtureSearch:
 
     def _reevaluate(self, started: float) -> Reevaluated:
         """Try the finalists again and make the best of them `best`."""
-        points = finalists(self.scores, list(self._alone.values()))
+        alone = list(self._alone.values())
+        points = finalists(self.scores, alone)
         counts = right_answers(
             self._model, self._task, self._shots, self._mixtures(points), _SAMPLES, _SAMPLES_TEMPERATURE
         )
         right = dict(zip(points, counts, strict=True))
-        self.best = max(points, key=lambda point: (right[point], self.scores[point]))
+        self.best = chosen(right, self.scores, alone)
         self._reevaluated = Reevaluated(
             best=self._by_expert(self.best),
-            right=right[self.best],
+            right=int(right[self.best].sum()),
             answers=len(self._shots) * _SAMPLES,
-            alone={name: right[point] for name, point in self._alone.items()},
+            alone={name: int(right[point].sum()) for name, point in self._alone.items()},
             finalists=len(points),
             seconds=time.perf_counter() - started,
         )

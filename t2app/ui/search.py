@@ -7,7 +7,7 @@ import gradio as gr
 
 from t2app.figures import search_trace
 from t2app.loading import EngineLoader
-from t2app.messages import LIKELIHOOD, SCORES, Reevaluated, Searched, SearchSettings, few_shot
+from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Searched, SearchSettings, few_shot
 from t2app.mixtures import check_name, mixture_file, write_mixture
 from t2app.tasks.arithmetic import Arithmetic
 from t2app.tasks.puzzles import PUZZLES
@@ -24,7 +24,7 @@ _TASKS = {task.name: task for task in (*PUZZLES, Arithmetic(), ReasoningBasics()
 _SHOTS = 10
 _MOST_SHOTS = 50
 _SCORE_TITLES = {
-    "exact": "Exact: answers are decoded and checked, as in the paper",
+    EXACT: "Exact: answers are decoded and checked, as in the paper",
     LIKELIHOOD: "Likelihood of the expected answers: quicker, nothing is decoded",
 }
 
@@ -148,9 +148,12 @@ def _rounds(
             told = _describe(event, len(pairs))
             if session in stopping:
                 search.stop()
+            last = session in stopping or event.round == settings.rounds
+            soon = "\n\nTrying the best again…" if last and settings.score == EXACT else ""
         else:
             told += f"\n\n{_describe_reevaluation(event)}"
-        yield _update(status=told, trace=search_trace(seen))
+            soon = ""
+        yield _update(status=told + soon, trace=search_trace(seen))
     write_mixture(search.found(name), mixture_file(engine.model.name, name))
     chosen = gr.update(choices=dispatch_choices(engine.model.name), value=few_shot(name))
     kept = f"{told}\n\nKept as **{name}**: the next answers are mixed by it."
