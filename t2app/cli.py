@@ -317,8 +317,8 @@ def search(options: argparse.Namespace) -> None:
             if isinstance(event, Reevaluated):
                 alone = ", ".join(f"{name} {right}" for name, right in event.alone.items())
                 print(
-                    f"the best {event.finalists} again: {best}   {event.right} of {event.answers} sampled answers "
-                    f"right; alone: {alone}   {event.seconds:.0f} s",
+                    f"the best {event.finalists} again: {best}   {event.right} of {event.answers} answers right; "
+                    f"alone: {alone}   {event.seconds:.0f} s",
                     flush=True,
                 )
             else:

@@ -109,7 +109,7 @@ class Searched:
 
 @dataclass(frozen=True)
 class Reevaluated:
-    """The best candidates of a search were tried again, on sampled answers to every example, and one is kept.
+    """The best candidates of a search were tried again, on a greedy and several sampled answers to every example.
 
     Attributes:
         best: α of the one that is kept, by expert, as in `Searched`.

@@ -198,7 +198,7 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
         status = page.locator("#search-status")
         expect(status).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
         again = read_mixture(kept).reevaluated
-        expect(status).to_contain_text(f"{again.right} of {again.answers} sampled answers right")
+        expect(status).to_contain_text(f"{again.right} of {again.answers} answers right")
         *alphas, score = drawn(page, "trace")
         assert [line["name"] for line in alphas] == [file.stem for file in expert_files(DEFAULT_MODEL)]
         assert len(score["x"]) >= 1

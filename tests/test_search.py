@@ -193,7 +193,7 @@ def test_finalist_that_is_kept_is_the_best_alone_or_one_that_is_better_beyond_do
     scores = dict.fromkeys((base, expert, mixed, other), Score(5, -1.0))
     right = {base: np.array([2, 0, 1, 0]), expert: np.array([3, 1, 2, 2])}
     assert chosen(right, scores, [base, expert]) == expert
-    # One more in all, by luck on one example against another; then one more on three of four.
+    # Better in all by one example, though worse on others; then by one answer to three examples of four.
     assert chosen(right | {mixed: np.array([6, 0, 2, 1])}, scores, [base, expert]) == expert
     assert chosen(right | {mixed: np.array([4, 1, 3, 3])}, scores, [base, expert]) == mixed
     # The best of those, and not the surest.
@@ -243,10 +243,10 @@ def test_search_by_answers_ends_with_its_best_tried_again_and_keeps_the_best_of_
     found = search.found("x")
     assert found.weights == last.best and found.reevaluated == last and found.trace == tuple(rounds)
     points = finalists(search.scores, [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
-    samples = last.answers // len(EVEN.examples("train"))
-    assert last.finalists == len(points) and samples > 1
-    tried = [mix(model.experts, search.weights(point)) for point in points]
-    again = right_answers(model, EVEN, EVEN.examples("train"), tried, samples, temperature=0.5)
+    sampled = last.answers // len(EVEN.examples("train")) - 1
+    assert last.finalists == len(points) and sampled > 1
+    asked = model, EVEN, EVEN.examples("train"), [mix(model.experts, search.weights(point)) for point in points]
+    again = right_answers(*asked) + right_answers(*asked, sampled, temperature=0.5)
     right = dict(zip(points, again, strict=True))
     assert search.best == chosen(right, search.scores, points[:3]) and last.right == right[search.best].sum()
     assert last.alone == dict(zip(("base", "one", "two"), again.sum(1).tolist(), strict=False))
@@ -419,6 +419,15 @@ def test_real_search_is_at_least_as_good_as_the_best_expert_and_answers_by_it(tm
     dispatched, *_ = engine.answer("What is 2 plus 3?", dispatch, Sampling(max_new_tokens=4))
     assert dispatched.weights == pytest.approx(event.best) and dispatched.changes
     assert dispatched.trace == (event,) and "trace" not in as_json(dispatched)
+
+
+def test_real_search_by_answers_keeps_the_expert_for_sums_or_better_on_sums():
+    model = load_model(many_rows=True)
+    task = task_named("chain-sum")
+    search = MixtureSearch(model, task, pick_shots(task, 4, seed=0), SearchSettings(population=6, rounds=1))
+    _, again = Engine(model).search(search)
+    assert list(again.alone) == ["base", *(expert.name for expert in model.experts)]
+    assert again.right >= again.alone["math"] == max(again.alone.values())
 
 
 def test_shots_are_drawn_from_what_is_there_to_train_on():

@@ -18,11 +18,12 @@ from t2app.tasks import Example, Task
 
 # How far mixtures vouch for each other, in root mean square difference of their α.
 _BANDWIDTH = 0.15
-# What is tried again beside the base model and each expert alone, and on how many answers to each example.
-_OTHERS = 6
-_SAMPLES, _SAMPLES_TEMPERATURE = 8, 0.5
-# By how many standard errors a mixture has to be better than each expert alone.
-_DOUBT = 1.0
+# What is tried again beside the base model and each expert alone, and on how many sampled answers to each example
+# beside the greedy one. Chosen, like _DOUBT, on examples to train on and validation examples of letter-counting.
+_OTHERS = 4
+_SAMPLES, _SAMPLES_TEMPERATURE = 4, 0.5
+# By how many standard errors a mixture has to be better than the best of those alone.
+_DOUBT = 2.0
 
 
 def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
@@ -150,15 +151,14 @@ class MixtureSearch:
         """Try the finalists again and make the best of them `best`."""
         alone = list(self._alone.values())
         points = finalists(self.scores, alone)
-        counts = right_answers(
-            self._model, self._task, self._shots, self._mixtures(points), _SAMPLES, _SAMPLES_TEMPERATURE
-        )
+        asked = (self._model, self._task, self._shots, self._mixtures(points))
+        counts = right_answers(*asked) + right_answers(*asked, _SAMPLES, _SAMPLES_TEMPERATURE)
         right = dict(zip(points, counts, strict=True))
         self.best = chosen(right, self.scores, alone)
         self._reevaluated = Reevaluated(
             best=self._by_expert(self.best),
             right=int(right[self.best].sum()),
-            answers=len(self._shots) * _SAMPLES,
+            answers=len(self._shots) * (1 + _SAMPLES),
             alone={name: int(right[point].sum()) for name, point in self._alone.items()},
             finalists=len(points),
             seconds=time.perf_counter() - started,

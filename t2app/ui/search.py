@@ -172,7 +172,7 @@ def _describe_reevaluation(event: Reevaluated) -> str:
     alone = ", ".join(f"{name} {right}" for name, right in event.alone.items())
     return (
         f"The best {event.finalists} tried again · kept: **{_weights(event.best)}** · {event.right} of {event.answers} "
-        f"sampled answers right · alone: {alone} · {event.seconds:.0f} s"
+        f"answers right · alone: {alone} · {event.seconds:.0f} s"
     )
 
 
