@@ -19,6 +19,7 @@ from t2app.messages import (
     Event,
     Finished,
     Limits,
+    Reevaluated,
     Sampling,
     Searched,
     Token,
@@ -124,15 +125,15 @@ class Engine:
             )
             yield from self._second_pass(caller, ids, picture, mixture, sampling)
 
-    def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Waiting]:
+    def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Reevaluated | Waiting]:
         """Run a search; between its rounds others are served. Closing the iterator ends it.
 
         Raises:
             EngineError: the GPU's memory did not suffice, or the engine was closed.
         """
-        rounds = search.rounds()
+        events = search.run()
         with self._scheduler.caller(user) as caller:
-            while (event := (yield from caller.run(partial(next, rounds, None)))) is not None:
+            while (event := (yield from caller.run(partial(next, events, None)))) is not None:
                 yield event
 
     def _check_length(self, prompt_tokens: int, answer_tokens: int, asked: str) -> None:

@@ -141,6 +141,26 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Reevaluated:
+    """The best candidates of a search were tried again, on a greedy and several sampled answers to every example.
+
+    Attributes:
+        best: α of the one that is kept, by expert, as in `Searched`.
+        right: how many of its answers were right; answers: of how many.
+        alone: the same of the base model and of each expert alone, by name.
+        finalists: how many candidates were tried again, these among them.
+        seconds: since the search began.
+    """
+
+    best: Mapping[str, float]
+    right: int
+    answers: int
+    alone: Mapping[str, int]
+    finalists: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """The first pass is done.
 
@@ -181,7 +201,7 @@ class Finished:
     tokens_per_second: float
 
 
-Event = Waiting | Dispatched | Token | Finished | Searched
+Event = Waiting | Dispatched | Token | Finished | Searched | Reevaluated
 
 
 def as_json(event: Event) -> dict:

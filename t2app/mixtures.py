@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from t2app.catalogue import EXPERTS_FOLDER, pool_folder
-from t2app.messages import Searched
+from t2app.messages import Reevaluated, Searched
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"[\w-]{1,60}")
 
 
@@ -29,6 +29,8 @@ class KeptMixture:
     weights: α by expert, or an α for each block.
     task: what the examples were of; shots: how many; score: by which score; seed: of the search.
     trace: the rounds of the search.
+    reevaluated: how it was chosen after the last round, None where it is the best so far of a search that decoded
+        nothing or was interrupted.
     """
 
     name: str
@@ -41,6 +43,7 @@ class KeptMixture:
     score: str
     seed: int
     trace: Sequence[Searched]
+    reevaluated: Reevaluated | None
 
 
 def check_name(name: str) -> None:
@@ -80,8 +83,10 @@ def read_mixture(path: Path) -> KeptMixture:
         version = fields.pop("format_version")
         if version != FORMAT_VERSION:
             raise MixtureError(f"{path} has mixture format {version}; this program reads format {FORMAT_VERSION}")
-        trace = tuple(Searched(**row) for row in fields.pop("trace"))
-        return KeptMixture(**fields | {"name": path.stem, "trace": trace})
+        fields["trace"] = tuple(Searched(**row) for row in fields["trace"])
+        if fields["reevaluated"] is not None:
+            fields["reevaluated"] = Reevaluated(**fields["reevaluated"])
+        return KeptMixture(**fields | {"name": path.stem})
     except FileNotFoundError:
         kept = sorted(file.stem for file in path.parent.glob("*.json"))
         raise MixtureError(

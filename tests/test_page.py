@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from t2app.bench.start import served_app
 from t2app.catalogue import DEFAULT_MODEL, expert_files
-from t2app.mixtures import mixture_file
+from t2app.mixtures import mixture_file, read_mixture
 
 SUM = "Compute 12 + 7. Reply with only the number."
 LONG = "Write a long story about a fox that learns to count."
@@ -195,8 +195,10 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
         page.locator("#search").click()
         expect(page.locator("#search-status")).to_contain_text("Round 1", timeout=PATIENCE_MS)
         page.locator("#search-stop").click()
-        expect(page.locator("#search-status")).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
-        assert kept.exists()
+        status = page.locator("#search-status")
+        expect(status).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
+        again = read_mixture(kept).reevaluated
+        expect(status).to_contain_text(f"{again.right} of {again.answers} answers right")
         *alphas, score = drawn(page, "trace")
         assert [line["name"] for line in alphas] == [file.stem for file in expert_files(DEFAULT_MODEL)]
         assert len(score["x"]) >= 1

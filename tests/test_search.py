@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from t2app.bench.search import ComposedModel
-from t2app.decoding import answer_log_probabilities
+from t2app.decoding import answer_log_probabilities, collected, decode
 from t2app.dispatch import FewShotDispatch, make_dispatcher
 from t2app.engine import Engine
 from t2app.experts import Expert, mix
-from t2app.messages import EXACT, LIKELIHOOD, Sampling, SearchSettings, as_json
+from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Sampling, Searched, SearchSettings, as_json
 from t2app.mixtures import (
     MixtureError,
     check_name,
@@ -22,9 +22,10 @@ from t2app.mixtures import (
     write_mixture,
 )
 from t2app.models import Model, load_model
-from t2app.search import CrossEntropy, MixtureSearch, pick_shots, recommended, scorer
-from t2app.search.cross_entropy import smoothed
-from t2app.search.scores import Score, log_likelihoods
+from t2app.search import CrossEntropy, MixtureSearch, by_neighbourhood, pick_shots, scorer
+from t2app.search.cross_entropy import apart, smoothed
+from t2app.search.scores import Score, log_likelihoods, right_answers
+from t2app.search.search import chosen, finalists
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
 from t2app.tasks.shots import Shots
@@ -55,9 +56,19 @@ def mixtures(model) -> list:
     return [mix(model.experts, weights) for weights in ({}, {"one": 1.0}, {"one": 0.3, "two": 0.6})]
 
 
+class EvenAnswers(Shots):
+    """An answer of an even number of characters is right, which a random model gives now and then."""
+
+    def is_right(self, example: Example, answer: str) -> bool:
+        return len(answer) % 2 == 0
+
+
+EVEN = EvenAnswers("even", PAIRS)
+
+
 def run(model: Model, **settings) -> MixtureSearch:
-    search = MixtureSearch(model, SHOTS, SHOTS.examples("train"), SearchSettings(**{"population": 8} | settings))
-    for _ in search.rounds():
+    search = MixtureSearch(model, EVEN, EVEN.examples("train"), SearchSettings(**{"population": 8} | settings))
+    for _ in search.run():
         pass
     return search
 
@@ -99,7 +110,14 @@ def test_smoothed_score_of_a_point_is_a_mean_in_which_its_neighbours_count_most(
     assert smoothed(scores, 1e3) == pytest.approx(dict.fromkeys(scores, 5.0), rel=1e-4)
 
 
-def test_candidate_that_is_lucky_among_bad_ones_is_not_recommended():
+def test_points_apart_are_the_first_of_those_that_lie_together():
+    points = [(0.0, 0.0), (0.1, 0.1), (0.5, 0.0), (0.5, 0.1), (1.0, 1.0)]
+    assert apart(points, 0.15) == [(0.0, 0.0), (0.5, 0.0), (1.0, 1.0)]
+    assert apart(points, 0.15, taken=[(0.9, 1.0)]) == [(0.0, 0.0), (0.5, 0.0)]
+    assert apart(points, 0.0) == points
+
+
+def test_candidate_that_is_lucky_among_bad_ones_is_not_the_first_by_its_neighbourhood():
     good = {
         (1.0, 0.0): Score(6, -2.0),
         (0.9, 0.1): Score(6, -1.0),
@@ -108,12 +126,24 @@ def test_candidate_that_is_lucky_among_bad_ones_is_not_recommended():
     }
     lucky = {(0.0, 1.0): Score(8, -0.5), (0.1, 0.9): Score(1, -0.5), (0.0, 0.8): Score(2, -0.5)}
     assert max(good | lucky, key=(good | lucky).__getitem__) in lucky
-    assert recommended(good | lucky) in good
+    assert by_neighbourhood(good | lucky)[0] in good
 
 
-def test_likeliest_candidate_is_recommended_where_none_was_answered():
+def test_likeliest_candidate_is_the_first_where_none_was_answered():
     scores = {(0.0, 0.0): Score(0, -3.0), (0.5, 0.5): Score(0, -1.0), (1.0, 0.0): Score(0, -2.0)}
-    assert recommended(scores) == (0.5, 0.5)
+    assert by_neighbourhood(scores)[0] == (0.5, 0.5)
+
+
+def test_finalists_are_those_alone_however_bad_and_the_best_others_that_are_not_like_them():
+    alone = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
+    near, good, like_it, fair = (0.95, 0.05), (0.5, 0.5), (0.5, 0.6), (0.9, 0.9)
+    scores = dict.fromkeys(alone, Score(0, -2.0)) | {
+        near: Score(9, -1.0),
+        good: Score(9, -1.0),
+        like_it: Score(8, -1.0),
+        fair: Score(5, -1.0),
+    }
+    assert finalists(scores, alone) == [*alone, good, fair]
 
 
 @pytest.mark.parametrize("name", ["model", "real"])
@@ -158,6 +188,76 @@ def test_exact_score_counts_right_answers_first_and_breaks_ties_by_likelihood(mo
     assert max(by_answers).log_likelihood == max(score.log_likelihood for score in by_likelihood)
 
 
+def test_finalist_that_is_kept_is_the_best_alone_or_one_that_is_better_beyond_doubt():
+    base, expert, mixed, other = (0.0, 0.0), (1.0, 0.0), (0.5, 0.5), (0.5, 0.0)
+    scores = dict.fromkeys((base, expert, mixed, other), Score(5, -1.0))
+    right = {base: np.array([2, 0, 1, 0]), expert: np.array([3, 1, 2, 2])}
+    assert chosen(right, scores, [base, expert]) == expert
+    # Better in all by one example, though worse on others; then by one answer to three examples of four.
+    assert chosen(right | {mixed: np.array([6, 0, 2, 1])}, scores, [base, expert]) == expert
+    assert chosen(right | {mixed: np.array([4, 1, 3, 3])}, scores, [base, expert]) == mixed
+    # The best of those, and not the surest.
+    ahead = {mixed: np.array([4, 2, 3, 3]), other: np.array([6, 3, 3, 2])}
+    assert chosen(right | ahead, scores, [base, expert]) == other
+    assert chosen({base: np.array([2]), expert: np.array([3]), mixed: np.array([8])}, scores, [base, expert]) == expert
+
+
+def test_best_alone_of_as_many_right_answers_is_the_one_with_the_better_score():
+    base, expert = (0.0,), (1.0,)
+    right = {base: np.array([1, 1]), expert: np.array([2, 0])}
+    assert chosen(right, {base: Score(1, -2.0), expert: Score(1, -1.0)}, [base, expert]) == expert
+    assert chosen(right, {base: Score(2, -2.0), expert: Score(1, -1.0)}, [base, expert]) == base
+
+
+def test_sampled_answers_are_counted_as_when_each_is_given_alone(model, mixtures, monkeypatch):
+    shots = EVEN.examples("train")
+    sampling = Sampling(max_new_tokens=EVEN.max_new_tokens, temperature=1.5)
+    alone = []
+    for mixture in mixtures:
+        for i, shot in enumerate(shots):
+            right = 0
+            for sample in range(3):
+                steps = decode(
+                    model.adapted,
+                    [model.prompt_ids(shot.prompt)],
+                    [mixture],
+                    sampling,
+                    model.eos_ids,
+                    seeds=[3 * i + sample],
+                )
+                [ids] = collected(steps)
+                right += EVEN.is_right(shot, model.tokenizer.decode(ids, skip_special_tokens=True))
+            alone.append(right)
+    assert right_answers(model, EVEN, shots, mixtures, 3, 1.5).flatten().tolist() == alone
+    # In more and smaller batches too, which split a mixture's rows.
+    monkeypatch.setattr("t2app.search.scores._BATCH_TOKENS", 600)
+    assert right_answers(model, EVEN, shots, mixtures, 3, 1.5).flatten().tolist() == alone
+    assert len(set(alone)) > 1
+
+
+def test_search_by_answers_ends_with_its_best_tried_again_and_keeps_the_best_of_them(model):
+    search = MixtureSearch(model, EVEN, EVEN.examples("train"), SearchSettings(population=8, rounds=2))
+    *rounds, last = search.run()
+    assert [type(event) for event in rounds] == [Searched] * 2 and isinstance(last, Reevaluated)
+    assert as_json(last)["event"] == "reevaluated"
+    found = search.found("x")
+    assert found.weights == last.best and found.reevaluated == last and found.trace == tuple(rounds)
+    points = finalists(search.scores, [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+    sampled = last.answers // len(EVEN.examples("train")) - 1
+    assert last.finalists == len(points) and sampled > 1
+    asked = model, EVEN, EVEN.examples("train"), [mix(model.experts, search.weights(point)) for point in points]
+    again = right_answers(*asked) + right_answers(*asked, sampled, temperature=0.5)
+    right = dict(zip(points, again, strict=True))
+    assert search.best == chosen(right, search.scores, points[:3]) and last.right == right[search.best].sum()
+    assert last.alone == dict(zip(("base", "one", "two"), again.sum(1).tolist(), strict=False))
+    assert last.right >= max(last.alone.values())
+
+
+def test_search_by_likelihood_decodes_nothing_and_tries_nothing_again(model, monkeypatch):
+    monkeypatch.setattr("t2app.search.scores.decode", None)
+    assert run(model, score=LIKELIHOOD, rounds=1).found("x").reevaluated is None
+
+
 def test_search_finds_nothing_worse_than_the_base_model_and_each_expert_alone(model):
     found = run(model, score=LIKELIHOOD, rounds=3).found("x")
     shots = SHOTS.examples("train")
@@ -192,10 +292,28 @@ def test_search_that_is_stopped_has_the_best_so_far_and_none_before_its_first_ro
     search = MixtureSearch(model, SHOTS, SHOTS.examples("train"), SearchSettings(population=4, score=LIKELIHOOD))
     with pytest.raises(ValueError, match="nothing was found yet"):
         search.found("x")
-    rounds = search.rounds()
-    first = next(rounds)
-    rounds.close()
+    events = search.run()
+    first = next(events)
+    events.close()
     assert search.found("x").trace == (first,)
+
+
+def test_search_that_is_asked_to_stop_tries_its_best_again_and_ends(model):
+    search = MixtureSearch(model, EVEN, EVEN.examples("train"), SearchSettings(population=4))
+    events = search.run()
+    first = next(events)
+    search.stop()
+    [last] = events
+    assert isinstance(last, Reevaluated) and search.found("x").trace == (first,)
+
+
+def test_search_that_is_interrupted_keeps_the_best_so_far_as_it_is(model):
+    search = MixtureSearch(model, EVEN, EVEN.examples("train"), SearchSettings(population=4))
+    events = search.run()
+    first = next(events)
+    events.close()
+    found = search.found("x")
+    assert found.weights == first.best and found.reevaluated is None
 
 
 def test_search_by_layer_finds_a_weight_for_each_expert_and_block(model):
@@ -227,8 +345,9 @@ def test_search_without_experts_or_examples_is_refused(model):
         MixtureSearch(model, SHOTS, [], SearchSettings())
 
 
-def test_kept_mixture_is_read_back_and_decides_every_prompt(model, tmp_path):
-    found = run(model, score=LIKELIHOOD, rounds=2, seed=5).found("mine")
+@pytest.mark.parametrize("score", SCORES)
+def test_kept_mixture_is_read_back_and_decides_every_prompt(model, tmp_path, score):
+    found = run(model, score=score, rounds=2, seed=5).found("mine")
     file = mixture_file(model.name, "mine", tmp_path)
     write_mixture(found, file)
     assert read_mixture(file) == found
@@ -236,7 +355,7 @@ def test_kept_mixture_is_read_back_and_decides_every_prompt(model, tmp_path):
     dispatch = FewShotDispatch(model, read_mixture(file))
     assert dispatch.name == "few-shot:mine"
     assert dispatch.decide("anything").weights == found.weights
-    assert "found on 4 examples of counting" in dispatch.decide("anything").note
+    assert "found on 4 examples of even" in dispatch.decide("anything").note
 
 
 def test_kept_mixture_of_other_weights_or_other_experts_is_refused(model):
@@ -262,8 +381,8 @@ def test_expert_that_came_after_the_search_takes_no_part(model):
     [
         ("{", "cannot be read as a kept mixture"),
         ("[]", "cannot be read as a kept mixture"),
-        (json.dumps({"format_version": 7}), "has mixture format 7; this program reads format 1"),
-        (json.dumps({"format_version": 1, "trace": []}), "cannot be read as a kept mixture"),
+        (json.dumps({"format_version": 7}), "has mixture format 7; this program reads format 2"),
+        (json.dumps({"format_version": 2, "trace": [], "reevaluated": None}), "cannot be read as a kept mixture"),
     ],
 )
 def test_file_that_is_no_kept_mixture_is_refused(tmp_path, text, sentence):
@@ -300,6 +419,15 @@ def test_real_search_is_at_least_as_good_as_the_best_expert_and_answers_by_it(tm
     dispatched, *_ = engine.answer("What is 2 plus 3?", dispatch, Sampling(max_new_tokens=4))
     assert dispatched.weights == pytest.approx(event.best) and dispatched.changes
     assert dispatched.trace == (event,) and "trace" not in as_json(dispatched)
+
+
+def test_real_search_by_answers_keeps_the_expert_for_sums_or_better_on_sums():
+    model = load_model(many_rows=True)
+    task = task_named("chain-sum")
+    search = MixtureSearch(model, task, pick_shots(task, 4, seed=0), SearchSettings(population=6, rounds=1))
+    _, again = Engine(model).search(search)
+    assert list(again.alone) == ["base", *(expert.name for expert in model.experts)]
+    assert again.right >= again.alone["math"] == max(again.alone.values())
 
 
 def test_shots_are_drawn_from_what_is_there_to_train_on():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t2app.cli.options import Commands, count, data_option, load, model_options, pool_option
 from t2app.cli.output import print_json
-from t2app.messages import SCORES, SearchSettings, as_json, few_shot
+from t2app.messages import SCORES, Reevaluated, SearchSettings, as_json, few_shot
 from t2app.mixtures import mixture_file, write_mixture
 from t2app.tasks.registry import TASKS, task_named
 from t2app.tasks.shots import shots_of_file
@@ -40,7 +40,7 @@ def add_search(commands: Commands) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far."""
+    """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far as it is."""
     from t2app.search import MixtureSearch, pick_shots
 
     file = mixture_file(options.model, options.name)
@@ -52,12 +52,20 @@ def search(options: argparse.Namespace) -> None:
     model = load(options, many_rows=True, experts_of=options.experts_of)
     running = MixtureSearch(model, task, shots, settings)
     try:
-        for event in running.rounds():
+        for event in running.run():
             if options.json:
                 print_json(as_json(event))
+                continue
+            best = ", ".join(f"{name}={alpha:.2f}" for name, alpha in event.best.items())
+            if isinstance(event, Reevaluated):
+                alone = ", ".join(f"{name} {right}" for name, right in event.alone.items())
+                print(
+                    f"the best {event.finalists} again: {best}   {event.right} of {event.answers} answers right; "
+                    f"alone: {alone}   {event.seconds:.0f} s",
+                    flush=True,
+                )
             else:
                 right = "" if event.right is None else f"{event.right} of {len(shots)} right, "
-                best = ", ".join(f"{name}={alpha:.2f}" for name, alpha in event.best.items())
                 print(
                     f"round {event.round}: {best}   {right}{event.log_likelihood:.3f} nats a token   "
                     f"{event.evaluations} candidates, {event.seconds:.0f} s",

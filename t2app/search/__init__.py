@@ -2,6 +2,6 @@
 
 from t2app.search.cross_entropy import CrossEntropy
 from t2app.search.scores import Score, scorer
-from t2app.search.search import MixtureSearch, pick_shots, recommended
+from t2app.search.search import MixtureSearch, by_neighbourhood, pick_shots
 
-__all__ = ["CrossEntropy", "MixtureSearch", "Score", "pick_shots", "recommended", "scorer"]
+__all__ = ["CrossEntropy", "MixtureSearch", "Score", "by_neighbourhood", "pick_shots", "scorer"]

@@ -6,7 +6,7 @@ known again. Where a score is a few coin flips, the best of a hundred points is 
 point's neighbours too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -30,6 +30,16 @@ def smoothed(scores: Mapping[Point, float], bandwidth: float) -> dict[Point, flo
     distances = squares[:, None] + squares - 2 * (points @ points.T) / points.shape[1]
     weights = np.exp(-distances / (2 * bandwidth**2))  # (points, points)
     return dict(zip(scores, (weights @ values / weights.sum(1)).tolist(), strict=True))
+
+
+def apart(points: Iterable[Point], distance: float, taken: Sequence[Point] = ()) -> list[Point]:
+    """The points in their order, less those within `distance`, as in `smoothed`, of one before them or in `taken`."""
+    kept: list[Point] = []
+    for point in points:
+        rivals = [*taken, *kept]
+        if not rivals or np.square(np.subtract(rivals, point)).mean(1).min() > distance**2:
+            kept.append(point)
+    return kept
 
 
 class CrossEntropy:

@@ -6,14 +6,17 @@ Candidates are rows: all mixtures are tried on all examples in as few batches as
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from t2app.decoding import answer_log_probabilities, parts_by_length
-from t2app.evaluation import greedy_answers
-from t2app.messages import EXACT
+from t2app.decoding import answer_log_probabilities, collected, decode, parts_by_length
+from t2app.messages import EXACT, Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
+
+# Tokens that are decoded together, prompts and answers at their longest: they bound the cache's memory.
+_BATCH_TOKENS = 16384
 
 
 class Score(NamedTuple):
@@ -36,18 +39,46 @@ def scorer(name: str, model: Model, task: Task, shots: Sequence[Example]) -> Sco
     exact = name == EXACT
 
     def score(mixtures: Sequence[Deltas | None]) -> list[Score]:
-        right = _right_answers(model, task, shots, mixtures) if exact else [0] * len(mixtures)
+        right = right_answers(model, task, shots, mixtures).sum(1).tolist() if exact else [0] * len(mixtures)
         likelihoods = log_likelihoods(model, shots, mixtures)
         return [Score(*both) for both in zip(right, likelihoods, strict=True)]
 
     return score
 
 
-def _right_answers(model: Model, task: Task, shots: Sequence[Example], mixtures: Sequence[Deltas | None]) -> list[int]:
-    rows = [mixture for mixture in mixtures for _ in shots]
-    answers = greedy_answers(model, task, [*shots] * len(mixtures), rows)
-    right = [task.is_right(shots[i % len(shots)], answer) for i, answer in enumerate(answers)]
-    return [sum(right[i : i + len(shots)]) for i in range(0, len(right), len(shots))]
+def right_answers(
+    model: Model,
+    task: Task,
+    shots: Sequence[Example],
+    mixtures: Sequence[Deltas | None],
+    samples: int = 1,
+    temperature: float = 0.0,
+) -> np.ndarray:
+    """How many of `samples` answers to each shot are right under each mixture, (mixtures, shots); all mixtures have the
+    same draws.
+    """
+    sampling = Sampling(max_new_tokens=task.max_new_tokens, temperature=temperature)
+    prompts = [model.prompt_ids(shot.prompt) for shot in shots]
+    longest = max(map(len, prompts)) + task.max_new_tokens
+    in_a_batch = max(1, _BATCH_TOKENS // (longest * samples))
+    # A mixture's rows stay together: what its prompts begin with is then computed in one batch, seldom in two.
+    rows = [(mixture, shot) for mixture in range(len(mixtures)) for shot in range(len(shots))]
+    right = np.zeros((len(mixtures), len(shots)), dtype=int)
+    for start in range(0, len(rows), in_a_batch):
+        part = rows[start : start + in_a_batch]
+        steps = decode(
+            model.adapted,
+            [prompts[shot] for _, shot in part],
+            [mixtures[mixture] for mixture, _ in part],
+            sampling,
+            model.eos_ids,
+            samples,
+            seeds=[shot * samples for _, shot in part],
+        )
+        for row, ids in enumerate(collected(steps)):
+            mixture, shot = part[row // samples]
+            right[mixture, shot] += task.is_right(shots[shot], model.tokenizer.decode(ids, skip_special_tokens=True))
+    return right
 
 
 @torch.inference_mode()

@@ -6,16 +6,24 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from t2app.evaluation import BASE
 from t2app.experts import Alpha, mix, share
-from t2app.messages import EXACT, Searched, SearchSettings
+from t2app.messages import EXACT, Reevaluated, Searched, SearchSettings
 from t2app.mixtures import KeptMixture
 from t2app.models import Model
-from t2app.search.cross_entropy import CrossEntropy, Point, smoothed
-from t2app.search.scores import Score, scorer
+from t2app.search.cross_entropy import CrossEntropy, Point, apart, smoothed
+from t2app.search.scores import Score, right_answers, scorer
+from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
 
 # How far mixtures vouch for each other, in root mean square difference of their α.
 _BANDWIDTH = 0.15
+# What is tried again beside the base model and each expert alone, and on how many sampled answers to each example
+# beside the greedy one. Chosen, like _DOUBT, on examples to train on and validation examples of letter-counting.
+_OTHERS = 4
+_SAMPLES, _SAMPLES_TEMPERATURE = 4, 0.5
+# By how many standard errors a mixture has to be better than the best of those alone.
+_DOUBT = 2.0
 
 
 def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
@@ -24,24 +32,50 @@ def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
     return random.Random(seed).sample(examples, min(count, len(examples)))
 
 
-def recommended(scores: Mapping[Point, Score]) -> Point:
-    """The candidate to keep: the one around which the most examples are answered rightly, then the likeliest.
+def by_neighbourhood(scores: Mapping[Point, Score]) -> list[Point]:
+    """The candidates, first those around which the most examples are answered rightly, then the likeliest.
 
-    On ten examples the candidate that is the best itself owes much of that to luck; `bench recommended` compares the
-    two. Where nothing was answered the likelihood decides alone.
+    On ten examples the candidate that is the best itself owes much of that to luck. Where nothing was answered the
+    likelihood decides alone.
     """
     right = smoothed({point: score.right for point, score in scores.items()}, _BANDWIDTH)
-    return max(scores, key=lambda point: (right[point], scores[point].log_likelihood))
+    return sorted(scores, key=lambda point: (right[point], scores[point].log_likelihood), reverse=True)
+
+
+def finalists(scores: Mapping[Point, Score], alone: Sequence[Point]) -> list[Point]:
+    """What is tried again: `alone`, and the best others that are too far apart to vouch for each other."""
+    return [*alone, *apart(by_neighbourhood(scores), _BANDWIDTH, alone)[:_OTHERS]]
+
+
+def chosen(right: Mapping[Point, np.ndarray], scores: Mapping[Point, Score], alone: Sequence[Point]) -> Point:
+    """The finalist to keep: the best of `alone`, or the best of those others that are better beyond doubt.
+
+    That is by more than `_DOUBT` standard errors of the mean difference to the best alone over the examples. The most
+    right of several mixtures that are worth the same is always a little ahead, and an expert alone was trained to be
+    good, while what lies between two need not be (in the spirit of the one-standard-error rule, Breiman et al. 1984).
+
+    Args:
+        right: right answers to each example, (examples,), of every finalist.
+    """
+    best = max(alone, key=lambda point: (right[point].sum(), scores[point]))
+    ahead = {}
+    for point in right:
+        lead = right[point] - right[best]
+        # Of one example the error is not known, and nothing is beyond doubt.
+        if len(lead) > 1 and lead.mean() > _DOUBT * lead.std(ddof=1) / len(lead) ** 0.5:
+            ahead[point] = (right[point].sum(), scores[point])
+    return max(ahead, key=ahead.__getitem__, default=best)
 
 
 class MixtureSearch:
     """Searches the weights under which the model's experts solve `shots` best.
 
     The base model and each expert alone are in the first population. The search itself goes by the candidates' own
-    scores, as in the paper; what it keeps is `recommended`.
+    scores, as in the paper, and by the answers of `EXACT` the best are tried again after it.
 
     Attributes:
         scores: of every candidate so far.
+        best: the candidate to keep so far, None before the first round has ended.
 
     Raises:
         ValueError: the model has no experts, there is no example, or the population has no room for the experts.
@@ -61,31 +95,50 @@ class MixtureSearch:
             )
         self._per_expert = model.identity.blocks if settings.per_layer else 1
         self._score = scorer(settings.score, model, task, shots)
+        corners = (np.zeros(self._count), *np.eye(self._count))
+        points = [tuple(np.repeat(corner, self._per_expert).tolist()) for corner in corners]
+        self._alone: dict[str, Point] = dict(zip((BASE, *self._names), points, strict=True))
         self.scores: dict[Point, Score] = {}
-        self._best: Point | None = None
+        self.best: Point | None = None
+        self._stopped = False
         self._trace: list[Searched] = []
+        self._reevaluated: Reevaluated | None = None
 
-    def rounds(self) -> Iterator[Searched]:
-        """Search, yielding every round as it ends; whoever stops reading has `found` so far."""
-        settings = self._settings
-        starts = [tuple(np.repeat(row, self._per_expert)) for row in (np.zeros(self._count), *np.eye(self._count))]
-        method = CrossEntropy(
-            self._count * self._per_expert, settings.population, settings.elite_fraction, settings.seed, starts
-        )
+    def run(self) -> Iterator[Searched | Reevaluated]:
+        """Search, yielding every round as it ends, and last how the best were tried again where they were.
+
+        Whoever stops reading has `found` so far.
+        """
         started = time.perf_counter()
-        while len(self._trace) < settings.rounds and not method.settled:
+        yield from self._rounds(started)
+        if self._settings.score == EXACT:
+            yield self._reevaluate(started)
+
+    def stop(self) -> None:
+        """Let no further round begin: what `run` yields next is how the best were tried again, if anything."""
+        self._stopped = True
+
+    def _rounds(self, started: float) -> Iterator[Searched]:
+        settings = self._settings
+        method = CrossEntropy(
+            self._count * self._per_expert,
+            settings.population,
+            settings.elite_fraction,
+            settings.seed,
+            list(self._alone.values()),
+        )
+        while len(self._trace) < settings.rounds and not method.settled and not self._stopped:
             new = [point for point in dict.fromkeys(method.ask()) if point not in self.scores]
-            mixtures = [mix(self._model.experts, self.weights(point)) for point in new]
-            self.scores |= zip(new, self._score(mixtures) if new else [], strict=True)
+            self.scores |= zip(new, self._score(self._mixtures(new)) if new else [], strict=True)
             method.tell(self.scores)
-            self._best = recommended(self.scores)
-            score = self.scores[self._best]
+            self.best = by_neighbourhood(self.scores)[0]
+            score = self.scores[self.best]
             self._trace.append(
                 Searched(
                     round=len(self._trace) + 1,
                     mean=self._by_expert(method.mean),
                     spread=self._by_expert(method.spread),
-                    best=self._by_expert(self._best),
+                    best=self._by_expert(self.best),
                     right=score.right if settings.score == EXACT else None,
                     log_likelihood=score.log_likelihood,
                     evaluations=len(self.scores),
@@ -94,21 +147,43 @@ class MixtureSearch:
             )
             yield self._trace[-1]
 
+    def _reevaluate(self, started: float) -> Reevaluated:
+        """Try the finalists again and make the best of them `best`."""
+        alone = list(self._alone.values())
+        points = finalists(self.scores, alone)
+        asked = (self._model, self._task, self._shots, self._mixtures(points))
+        counts = right_answers(*asked) + right_answers(*asked, _SAMPLES, _SAMPLES_TEMPERATURE)
+        right = dict(zip(points, counts, strict=True))
+        self.best = chosen(right, self.scores, alone)
+        self._reevaluated = Reevaluated(
+            best=self._by_expert(self.best),
+            right=int(right[self.best].sum()),
+            answers=len(self._shots) * (1 + _SAMPLES),
+            alone={name: int(right[point].sum()) for name, point in self._alone.items()},
+            finalists=len(points),
+            seconds=time.perf_counter() - started,
+        )
+        return self._reevaluated
+
+    def _mixtures(self, points: Sequence[Point]) -> list[Deltas | None]:
+        return [mix(self._model.experts, self.weights(point)) for point in points]
+
     def found(self, name: str) -> KeptMixture:
         """The best so far, to be kept by this name; raises ValueError before the first round has ended."""
-        if self._best is None:
+        if self.best is None:
             raise ValueError("the search was stopped before its first round ended: nothing was found yet")
         return KeptMixture(
             name=name,
             model=self._model.name,
             fingerprint=self._model.identity.fingerprint,
             experts={expert.name: expert.fingerprint for expert in self._model.experts},
-            weights=self.weights(self._best),
+            weights=self.weights(self.best),
             task=self._task.name,
             shots=len(self._shots),
             score=self._settings.score,
             seed=self._settings.seed,
             trace=tuple(self._trace),
+            reevaluated=self._reevaluated,
         )
 
     def weights(self, point: Sequence[float]) -> Mapping[str, Alpha]:

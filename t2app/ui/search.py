@@ -1,13 +1,13 @@
 """The tab that searches a mixture for a new task: solved examples in, rounds to watch, a kept mixture out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from t2app.figures import search_trace
 from t2app.loading import EngineLoader
-from t2app.messages import LIKELIHOOD, SCORES, Searched, SearchSettings, Waiting, few_shot
+from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Searched, SearchSettings, Waiting, few_shot
 from t2app.mixtures import check_name, mixture_file, write_mixture
 from t2app.tasks.arithmetic import Arithmetic
 from t2app.tasks.puzzles import PUZZLES
@@ -24,7 +24,7 @@ _TASKS = {task.name: task for task in (*PUZZLES, Arithmetic(), ReasoningBasics()
 _SHOTS = 10
 _MOST_SHOTS = 50
 _SCORE_TITLES = {
-    "exact": "Exact: answers are decoded and checked, as in the paper",
+    EXACT: "Exact: answers are decoded and checked, as in the paper",
     LIKELIHOOD: "Likelihood of the expected answers: quicker, nothing is decoded",
 }
 
@@ -141,27 +141,46 @@ def _rounds(
     task = Shots(name, pairs)
     search = MixtureSearch(engine.model, task, task.examples("train"), settings)
     seen: list[Searched] = []
+    told = ""
     for event in engine.search(search, session):
         if isinstance(event, Waiting):
             yield _update()
             continue
-        seen.append(event)
-        yield _update(status=_describe(event, len(pairs)), trace=search_trace(seen))
-        if session in stopping:
-            break
+        if isinstance(event, Searched):
+            seen.append(event)
+            told = _describe(event, len(pairs))
+            if session in stopping:
+                search.stop()
+            last = session in stopping or event.round == settings.rounds
+            soon = "\n\nTrying the best again…" if last and settings.score == EXACT else ""
+        else:
+            told += f"\n\n{_describe_reevaluation(event)}"
+            soon = ""
+        yield _update(status=told + soon, trace=search_trace(seen))
     write_mixture(search.found(name), mixture_file(engine.model.name, name))
     chosen = gr.update(choices=dispatch_choices(engine.model.name), value=few_shot(name))
-    kept = f"{_describe(seen[-1], len(pairs))}\n\nKept as **{name}**: the next answers are mixed by it."
+    kept = f"{told}\n\nKept as **{name}**: the next answers are mixed by it."
     yield _update(running=False, status=kept, dispatch=chosen)
 
 
 def _describe(event: Searched, shots: int) -> str:
-    best = ", ".join(f"{name} {alpha:.2f}" for name, alpha in event.best.items())
     right = "" if event.right is None else f"{event.right} of {shots} right · "
     return (
-        f"Round {event.round} · best mixture: **{best}** · {right}{event.log_likelihood:.2f} nats a token · "
-        f"{event.evaluations} mixtures tried · {event.seconds:.0f} s"
+        f"Round {event.round} · best mixture: **{_weights(event.best)}** · {right}{event.log_likelihood:.2f} nats a "
+        f"token · {event.evaluations} mixtures tried · {event.seconds:.0f} s"
     )
+
+
+def _describe_reevaluation(event: Reevaluated) -> str:
+    alone = ", ".join(f"{name} {right}" for name, right in event.alone.items())
+    return (
+        f"The best {event.finalists} tried again · kept: **{_weights(event.best)}** · {event.right} of {event.answers} "
+        f"answers right · alone: {alone} · {event.seconds:.0f} s"
+    )
+
+
+def _weights(alphas: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {alpha:.2f}" for name, alpha in alphas.items())
 
 
 def _update(running: bool | None = None, **values) -> list:
