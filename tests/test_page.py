@@ -196,6 +196,7 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
         expect(page.locator("#search-status")).to_contain_text("Round 1", timeout=PATIENCE_MS)
         page.locator("#search-stop").click()
         status = page.locator("#search-status")
+        expect(status).to_contain_text("Trying the best again", timeout=PATIENCE_MS)
         expect(status).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
         again = read_mixture(kept).reevaluated
         expect(status).to_contain_text(f"{again.right} of {again.answers} answers right")
