@@ -165,7 +165,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         *weights: float,
     ) -> Iterator[list]:
         settings = (max_new_tokens, temperature, top_p, seed)
-        yield from _answer(loader, list(sliders), request.session_hash, prompt, dispatch, *settings, picture, *weights)
+        yield from _answer(loader, list(sliders), request.session_hash, prompt, dispatch, settings, picture, weights)
 
     answers = (adapted, adapted_statistics, base, base_statistics)
     run = gr.on(
@@ -202,14 +202,15 @@ def _answer(
     session: str | None,
     prompt: str,
     dispatch: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    picture: str | None = None,
-    *weights: float,
+    settings: tuple[float, float, float, float | None],
+    picture: str | None,
+    weights: Sequence[float],
 ) -> Iterator[list]:
-    """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line."""
+    """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line.
+
+    Args:
+        settings: longest answer in tokens, temperature, top-p and seed, as the page has them.
+    """
     page = _AnswerView(experts)
     try:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -224,6 +225,7 @@ def _answer(
         given = {name: weight for name, weight in zip(experts, weights, strict=True) if name in names}
         by_hand = given if dispatch == MANUAL else None
         dispatcher = engine.dispatcher(dispatch, by_hand, session)
+        max_new_tokens, temperature, top_p, seed = settings
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
         for event in engine.answer(prompt, dispatcher, sampling, image, session):
             yield page.dispatched(event) if isinstance(event, Dispatched) else page.event(event)
