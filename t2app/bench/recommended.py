@@ -17,9 +17,10 @@ _SEEDS = range(10, 16)
 
 
 def bench_recommended(model_name: str, precision: str) -> Iterator[Figure]:
-    """Accuracy on the validation examples, as a share: of the base model and each expert alone, and of the candidates
-    of each search that are the best by their own score, by their neighbours' and when tried again. Then what trying
-    again adds to the seconds of a search, as a share of them.
+    """Accuracy on validation, as a share, of what a search could keep, and what trying the best again adds to its time.
+
+    Of the base model and each expert alone, and of the candidates of each search that are the best by their own score,
+    by their neighbours' and when tried again. The added seconds are a share of the rounds' seconds.
     """
     model = load_model(model_name, precision, many_rows=True)
     for name in _TASKS:
