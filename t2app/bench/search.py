@@ -1,20 +1,22 @@
 """What a round of a search costs: 32 candidates on 10 examples by the likelihood score, ours against the authors' way.
 
-Their way composes W' = U diag(σ ⊙ z) Vᵀ of every layer for each candidate, writes it into the model, and looks at the
-examples one after another.
+Their way composes W' = U diag(σ ⊙ z) Vᵀ of every layer for each candidate, writes it into a model that has nothing of
+ours in it, and looks at the examples one after another.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.generate import plain_model
 from t2app.experts import mix
 from t2app.models import Model, load_model
 from t2app.search.scores import log_likelihoods
-from t2app.spectral import Deltas
+from t2app.spectral import Deltas, SpectralModel
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
 
@@ -31,7 +33,7 @@ def bench_search(model_name: str, precision: str) -> Iterator[Figure]:
     if not model.experts:
         raise ValueError(f"{model.name} has no expert to measure with")
     shots = task_named("chain-sum").examples("train")[:_SHOTS]
-    composed = ComposedModel(model)
+    composed = ComposedModel(replace(model, adapted=SpectralModel(plain_model(model, model_name), {})))
     draw = torch.Generator().manual_seed(0)
     names = [expert.name for expert in model.experts]
     ours, theirs = [], []
@@ -55,7 +57,7 @@ class ComposedModel:
 
     def __init__(self, model: Model):
         self._model = model
-        self._weights = ComposedWeights(model.adapted.model, model.adapted.layers)
+        self._weights = ComposedWeights(model.adapted.model, model.identity.ranks)
 
     @torch.inference_mode()
     def log_likelihoods(self, shots: Sequence[Example], mixtures: Sequence[Deltas | None]) -> list[float]:
