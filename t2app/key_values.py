@@ -20,10 +20,10 @@ class GrowingCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
         # Sliding windows stay short, and other kinds of layers are no keys and values.
-        self.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
 
 
-class _GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """`keys` and `values` (rows, heads, tokens, head size) are the beginning of tensors with room for more tokens."""
 
     def __init__(self):
@@ -37,30 +37,32 @@ class _GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        seen = self.get_seq_length()
-        length = seen + key_states.shape[-2]
-        if not self._has_room(seen, length):
-            self._grow(key_states, value_states, seen, length)
-        keys, values = (room.narrow(-2, 0, length) for room in self._room)
-        keys[..., seen:, :] = key_states
-        values[..., seen:, :] = value_states
-        self.keys, self.values = keys, values
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        tokens = key_states.shape[-2]
+        keys, values = self.extend(tokens)
+        keys[..., -tokens:, :] = key_states
+        values[..., -tokens:, :] = value_states
         return keys, values
 
-    def _has_room(self, seen: int, length: int) -> bool:
+    def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens and of so many more, which are the caller's to write."""
+        length = self.keys.shape[-2] + tokens
+        if not self._has_room(length):
+            capacity = length + max(_LEAST_ROOM, int(length * _ROOM_SHARE))
+            self._room = _with_room(self.keys, capacity), _with_room(self.values, capacity)
+        self.keys, self.values = (room.narrow(-2, 0, length) for room in self._room)
+        return self.keys, self.values
+
+    def _has_room(self, length: int) -> bool:
         """Whether what was seen stands in the room, which it no more does once rows were chosen, and more fits."""
-        if self._room is None or seen == 0:
+        if self._room is None:
             return False
         keys = self._room[0]
         same = self.keys.data_ptr() == keys.data_ptr() and self.keys.shape[0] == keys.shape[0]
         return same and length <= keys.shape[-2]
 
-    def _grow(self, key_states: Tensor, value_states: Tensor, seen: int, length: int) -> None:
-        capacity = length + max(_LEAST_ROOM, int(length * _ROOM_SHARE))
-        rooms = []
-        for new, old in ((key_states, self.keys), (value_states, self.values)):
-            room = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
-            if seen:
-                room[..., :seen, :] = old
-            rooms.append(room)
-        self._room = tuple(rooms)
+
+def _with_room(tokens: Tensor, capacity: int) -> Tensor:
+    room = tokens.new_empty(*tokens.shape[:-2], capacity, tokens.shape[-1])
+    room[..., : tokens.shape[-2], :] = tokens
+    return room

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import align_module_device
-from torch import Tensor, nn
+from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels import FastLinear, needs_gradient, pack_vectors
+from t2app.kernels import Edit, FastLinear, needs_gradient, pack_vectors
 from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
@@ -92,13 +92,14 @@ class RowDeltas(NamedTuple):
         count: rows of the batch.
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
-        kernel: the whole layer for one token a row, without a gradient; None where there is no kernel for that.
+        kernel: the whole layer for one token a row, without a gradient (see `FastLinear.kernel`); None where there is
+            none for that.
     """
 
     count: int
     edited: slice | Tensor
     delta: Tensor
-    kernel: Callable[[Tensor], Tensor] | None
+    kernel: ScriptObject | None
 
     @property
     def edits_all(self) -> bool:
@@ -139,18 +140,26 @@ class SpectralLinear(nn.Module):
             )
         _, rows, delta, kernel = self.rows
         if kernel is not None and x.shape[1] == 1 and not needs_gradient(x, delta):
-            return kernel(x)
+            return kernel.forward(x)
         if self.in_basis is not None and self.rows.edits_all:
             return self._by_factors(x, 1 + delta)
         if self.edits_input:
             return self.base(edited(x, rows, self.vectors, delta))
         return edited(self.base(x), rows, self.vectors, delta, self.bias)
 
-    def kernel_for(self, count: int, rows: slice | Tensor, delta: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def kernel_for(self, count: int, rows: slice | Tensor, delta: Tensor) -> ScriptObject | None:
         """See `RowDeltas.kernel`, of which these are the other attributes."""
         if self.packed is None or not isinstance(rows, slice):
             return None
-        return self.base.adapted(self.vectors, self.packed, self.edits_input, count, rows, delta)
+        return self.base.kernel_for(count, Edit(self.vectors, self.packed, self.edits_input, rows, delta))
+
+    def kernel_of_plan(self, count: int) -> ScriptObject | None:
+        """What the layer is now for one token of so many rows; None where no kernel is, or the plan is for others."""
+        if self.packed is None:
+            return None
+        if self.rows is None:
+            return self.base.kernel_for(count)
+        return self.rows.kernel if self.rows.count == count else None
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
         """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""

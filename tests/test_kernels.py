@@ -1,16 +1,20 @@
 """The kernels and products in bf16 for the CPU, against exact ones in float64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from t2app.checkpoints import cache_folder
-from t2app.kernels import FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
+from t2app.kernels import Edit, FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
 from t2app.kernels.attention import fast_attention
-from t2app.kernels.linear import DOT_ROWS, FEW_ROWS_BESIDE_DOT, fast_linear
+from t2app.kernels.linear import DOT_ROWS, FEW_ROWS_BESIDE_DOT
+from t2app.key_values import GrowingCache
 from t2app.products import edited
-from t2app.spectral import basis_of
+from t2app.spectral import SpectralModel, basis_of, block_linear_paths
 
 SHAPES = [(1536, 576), (576, 1536), (192, 576), (7, 48), (5, 30)]
 
@@ -28,6 +32,14 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(torch.bfloat16)
 
 
+def fast_layer(weight: torch.Tensor, bias: torch.Tensor | None = None) -> FastLinear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.bfloat16)
+    layer.requires_grad_(False).weight.copy_(weight)
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return FastLinear(layer)
+
+
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).abs().max() / exact.abs().max()).item()
 
@@ -37,15 +49,17 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     x, weight, bias = random(rows, 1, shape[1]), random(*shape), random(shape[0])
     exact = F.linear(x.double(), weight.double(), bias.double())
-    assert relative_error(fast_linear(x, weight, bias), exact) < 2**-8
-    assert fast_linear(x, weight).shape == (rows, 1, shape[0])
+    found = fast_layer(weight, bias)(x)
+    assert found.shape == (rows, 1, shape[0])
+    assert relative_error(found, exact) < 2**-8
+    assert relative_error(fast_layer(weight)(x), exact - bias.double()) < 2**-8
 
 
 def test_what_a_row_gets_does_not_depend_on_its_company():
-    x, weight = random(FEW_ROWS_BESIDE_DOT, 1, 576), random(1536, 576)
-    together = fast_linear(x, weight)
+    x, layer = random(FEW_ROWS_BESIDE_DOT, 1, 576), fast_layer(random(1536, 576))
+    together = layer(x)
     for row in range(len(x)):
-        assert torch.equal(fast_linear(x[row : row + 1], weight), together[row : row + 1])
+        assert torch.equal(layer(x[row : row + 1]), together[row : row + 1])
 
 
 @pytest.mark.parametrize("narrow", [576, 30])
@@ -74,11 +88,7 @@ def test_edit_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, row
 def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     shape, first, count, rows, shared, biased
 ):
-    layer = nn.Linear(shape[1], shape[0], bias=biased, dtype=torch.bfloat16).requires_grad_(False)
-    layer.weight.copy_(random(*shape) / shape[1] ** 0.5)
-    if biased:
-        layer.bias.copy_(random(shape[0]))
-    fast = FastLinear(layer)
+    layer = fast_layer(random(*shape) / shape[1] ** 0.5, random(shape[0]) if biased else None)
     basis = basis_of(layer.weight)
     x = random(rows, 1, shape[1])
     delta = 0.1 * torch.randn(1 if shared else count, basis.rank, generator=torch.Generator().manual_seed(0))
@@ -86,7 +96,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     edited_rows = slice(first, first + count)
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
-    found = fast.adapted(vectors, packed, basis.edits_input, rows, edited_rows, delta)(x)
+    found = layer.kernel_for(rows, Edit(vectors, packed, basis.edits_input, edited_rows, delta)).forward(x)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
     exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x[:, 0].double(), z.double(), strict=True)])
@@ -95,7 +105,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     # Beside the result's own rounding there is that of the vectors, or of coordinates and edited side.
     assert relative_error(found, exact) < 2**-7
     others = [row for row in range(rows) if not first <= row < first + count]
-    assert torch.equal(found[others], fast(x)[others])
+    assert torch.equal(found[others], layer(x)[others])
 
 
 def test_packed_vectors_are_the_vectors_within_half_a_step_with_even_places_first():
@@ -139,9 +149,138 @@ def test_attention_of_a_prompt_and_one_that_needs_a_gradient_are_torchs():
     assert last.grad.abs().sum() > 0
 
 
+def block_model(kind: str, **changes) -> PreTrainedModel:
+    """A small random model of blocks that the kernels know, in float32, with norms and biases that are not trivial."""
+    settings = {
+        "vocab_size": 50,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "sliding_window": None,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | changes)).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def adapted(model: PreTrainedModel) -> SpectralModel:
+    paths = block_linear_paths(model)
+    return SpectralModel(model, {path: basis_of(model.get_submodule(path).weight) for path in paths})
+
+
+def mixtures_of(model: SpectralModel) -> list[dict[str, torch.Tensor] | None]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {path: strength * torch.randn(len(layer.vectors), generator=generator) for path, layer in model.layers.items()}
+        for strength in (0.2, 0.4)
+    ]
+
+
+def steps_logits(model: SpectralModel, rows: list, steps: int = 5) -> torch.Tensor:
+    """Of steps after a prompt whose second row is padded: (steps, rows, vocabulary)."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 50, (len(rows), 4 + steps), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[1:2, :2] = 0
+    cache = GrowingCache(model.model.config)
+    logits = []
+    with model.rows(rows):
+        for end in range(4, 4 + steps):
+            ids = tokens[:, :end] if end == 4 else tokens[:, end - 1 : end]
+            places = (mask[:, :end].cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+            output = model.model(ids, attention_mask=mask[:, :end], position_ids=places, cache=cache, use_cache=True)
+            logits.append(output.logits[:, -1])
+    return torch.stack(logits)
+
+
+def block_kernels(model: SpectralModel) -> list[object]:
+    return [block.forward._kernel for block in model.model.model.layers]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("edited_rows", [[], [1], [1, 2], [2, 3, 4, 5]], ids=str)
+@torch.inference_mode()
+def test_block_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows):
+    plain = block_model(kind)
+    fast = copy.deepcopy(plain).bfloat16()
+    torchs = adapted(copy.deepcopy(fast))
+    exact = adapted(copy.deepcopy(fast).double())
+    use_kernels(fast, cache_folder() / "kernels")
+    fast = adapted(fast)
+    first, second = mixtures_of(fast)
+    rows = [None] * 6 if len(edited_rows) > 2 else [None] * 3
+    for row in edited_rows:
+        rows[row] = second if row % 2 else first
+    expected = steps_logits(exact, rows)
+    found = steps_logits(fast, rows)
+    assert all(kernel is not None for kernel in block_kernels(fast))
+    assert relative_error(found, expected) < max(2 * relative_error(steps_logits(torchs, rows), expected), 2**-8)
+
+
+@torch.inference_mode()
+def test_block_follows_the_plan_that_is_in_use():
+    model = block_model("llama").bfloat16()
+    use_kernels(model, cache_folder() / "kernels")
+    model = adapted(model)
+    first, second = mixtures_of(model)
+    alone = [steps_logits(model, [None, mixture]) for mixture in (first, second)]
+    assert not torch.equal(*alone)
+    # The same again after another plan, after one of more rows, and with nothing adapted.
+    assert torch.equal(steps_logits(model, [None, first]), alone[0])
+    steps_logits(model, [None, None, first])
+    assert torch.equal(steps_logits(model, [None, second]), alone[1])
+    base = steps_logits(model, [None, None])
+    assert torch.equal(base[:, 0], alone[0][:, 0])
+    model.detach()
+    assert torch.equal(steps_logits(SpectralModel(model.model, {}), [None, None]), base)
+
+
+def test_block_that_needs_a_gradient_is_transformers_own():
+    model = block_model("llama").bfloat16()
+    use_kernels(model, cache_folder() / "kernels")
+    model = adapted(model)
+    z, cache = model.trainable(), GrowingCache(model.model.config)
+    with torch.no_grad():
+        model.model(torch.tensor([[3, 1, 4]]), cache=cache, use_cache=True)
+    with model.rows([z]):
+        model.model(torch.tensor([[7]]), cache=cache, use_cache=True).logits.square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in z.values())
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"head_dim": 24}),
+        ("qwen3", {}),
+    ],
+    ids=["other activation", "narrow heads", "other block"],
+)
+def test_blocks_of_another_kind_stay_transformers_own(kind, changes):
+    model = block_model(kind, **changes).bfloat16()
+    use_kernels(model, cache_folder() / "kernels")
+    assert all("forward" not in vars(block) for block in model.model.layers)
+
+
+@torch.inference_mode()
+def test_sliding_window_is_attended_to_as_transformers_does():
+    plain = block_model("mistral", sliding_window=4).bfloat16()
+    fast = copy.deepcopy(plain)
+    use_kernels(fast, cache_folder() / "kernels")
+    found, expected = (steps_logits(adapted(model), [None, None, None]) for model in (fast, plain))
+    assert relative_error(found, expected) < 2**-5
+
+
 def test_gradient_reaches_what_asks_for_one():
-    x, weight = random(2, 1, 576).requires_grad_(), random(1536, 576)
-    fast_linear(x, weight).sum().backward()
+    x = random(2, 1, 576).requires_grad_()
+    fast_layer(random(1536, 576))(x).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 

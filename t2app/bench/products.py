@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels import FastLinear, has_bfloat16_arithmetic
+from t2app.kernels import Edit, FastLinear, has_bfloat16_arithmetic
+from t2app.kernels.linear import DOT_KERNEL, FEW_KERNEL
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
@@ -32,59 +33,45 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     layers = list(load_model(model_name, "bf16", layers=lambda path: True).adapted.layers.values())
     ways = {"bf16": _bf16, "fp32": _fp32, "bf16_edit": _bf16_edit}
     if any(isinstance(layer.base, FastLinear) for layer in layers):
-        ways |= {"few": _few, "few_edit": _few_edit}
-        if has_bfloat16_arithmetic():
-            ways |= {"dot": _dot, "dot_edit": _dot_edit}
+        for kind in (FEW_KERNEL, DOT_KERNEL) if has_bfloat16_arithmetic() else (FEW_KERNEL,):
+            ways |= {kind: partial(_kernel, kind), f"{kind}_edit": partial(_kernel_edit, kind)}
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
         count = rows - rows // 2
         deltas = [torch.randn(count, len(layer.vectors), generator=generator) / 20 for layer in layers]
-        for name, multiply in ways.items():
-            step = partial(_all, multiply, layers, inputs, deltas)
+        edited_rows = slice(rows - count, rows)
+        for name, prepare in ways.items():
+            products = [prepare(layer, edited_rows, delta) for layer, delta in zip(layers, deltas, strict=True)]
+            step = partial(_all, products, inputs)
             step()
             values = [1e3 * seconds(step) for _ in range(_STEPS)]
             yield figure_of("products", f"{name}_{rows}_rows", values, "ms")
 
 
 @torch.inference_mode()
-def _all(multiply: Callable, layers: list[SpectralLinear], inputs: list[Tensor], deltas: list[Tensor]) -> None:
-    for layer, x, delta in zip(layers, inputs, deltas, strict=True):
-        multiply(layer, x, delta)
+def _all(products: list[Callable[[Tensor], Tensor]], inputs: list[Tensor]) -> None:
+    for product, x in zip(products, inputs, strict=True):
+        product(x)
 
 
-def _bf16(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
-    return F.linear(x, layer.base.weight)
+def _bf16(layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, layer.base.weight)
 
 
-def _fp32(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
-    return F.linear(x.float(), layer.base.weight.float())
+def _fp32(layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x.float(), layer.base.weight.float())
 
 
-def _few(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
-    return torch.ops.t2app.few_rows_linear(x, layer.base.weight, None)
-
-
-def _dot(layer: SpectralLinear, x: Tensor, _: Tensor) -> Tensor:
-    return torch.ops.t2app.dot_linear(x, layer.base.weight, None)
-
-
-def _bf16_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
-    rows = _last(x, delta)
+def _bf16_edit(layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
     if layer.edits_input:
-        return F.linear(edited(x, rows, layer.vectors, delta), layer.base.weight)
-    return edited(F.linear(x, layer.base.weight), rows, layer.vectors, delta)
+        return lambda x: F.linear(edited(x, rows, layer.vectors, delta), layer.base.weight)
+    return lambda x: edited(F.linear(x, layer.base.weight), rows, layer.vectors, delta)
 
 
-def _few_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
-    rows, edit = _last(x, delta), (*layer.packed, layer.edits_input, delta)
-    return torch.ops.t2app.few_rows_adapted(x, layer.base.weight, None, *edit, rows.start, rows.stop - rows.start)
+def _kernel(kind: str, layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return layer.base.kernel(kind).forward
 
 
-def _dot_edit(layer: SpectralLinear, x: Tensor, delta: Tensor) -> Tensor:
-    rows, edit = _last(x, delta), (layer.vectors, layer.edits_input, delta)
-    return torch.ops.t2app.dot_adapted(x, layer.base.weight, None, *edit, rows.start, rows.stop - rows.start)
-
-
-def _last(x: Tensor, delta: Tensor) -> slice:
-    return slice(len(x) - len(delta), len(x))
+def _kernel_edit(kind: str, layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return layer.base.kernel(kind, Edit(layer.vectors, layer.packed, layer.edits_input, rows, delta)).forward

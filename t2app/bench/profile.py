@@ -27,6 +27,8 @@ _READ_NUMBERS = 64 * 2**20
 # activations, sums, the embedding). What runs outside of it chooses the token.
 _LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE = "linear", "attention", "head", "elementwise", "choice"
 _KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
+# What our kernel of a whole block calls itself, and is a part of no module.
+_KERNEL_KINDS = {"t2app::linear": _LINEAR, "t2app::attention": _ATTENTION}
 
 
 def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[Figure]:
@@ -88,6 +90,8 @@ def times_by_kind(model: Model, step: Callable[[], object]) -> dict[str, float]:
         if event.name in _KINDS or event.name.startswith("profiler::"):
             continue
         kind = _CHOICE if event.cpu_parent is None else event.cpu_parent.name
+        if kind == _ELEMENTWISE:
+            kind = _KERNEL_KINDS.get(event.name, kind)
         # An operation that another one calls is in that one's time.
         if kind in times:
             times[kind] += 1e-6 * event.time_range.elapsed_us()

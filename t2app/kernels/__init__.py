@@ -1,7 +1,7 @@
 """Decoding in bfloat16 on a CPU by kernels of our own, compiled on first use; without them torch does the same, slower.
 
-`linear.py` and `attention.py` stand for torch's linear layers and transformers' attention, and call the kernels where
-those are the faster ones.
+`linear.py`, `attention.py` and `block.py` stand for torch's linear layers, transformers' attention and its decoder
+blocks, and call the kernels where those are the faster ones.
 """
 
 from pathlib import Path
@@ -10,10 +10,26 @@ import torch
 from torch import nn
 
 from t2app.kernels.attention import use_fast_attention
+from t2app.kernels.block import use_fast_blocks
 from t2app.kernels.build import load_kernels
-from t2app.kernels.linear import FastLinear, has_bfloat16_arithmetic, needs_gradient, pack_vectors, use_fast_linears
+from t2app.kernels.linear import (
+    Edit,
+    FastLinear,
+    has_bfloat16_arithmetic,
+    needs_gradient,
+    pack_vectors,
+    use_fast_linears,
+)
 
-__all__ = ["FastLinear", "has_bfloat16_arithmetic", "load_kernels", "needs_gradient", "pack_vectors", "use_kernels"]
+__all__ = [
+    "Edit",
+    "FastLinear",
+    "has_bfloat16_arithmetic",
+    "load_kernels",
+    "needs_gradient",
+    "pack_vectors",
+    "use_kernels",
+]
 
 
 def use_kernels(model: nn.Module, folder: Path) -> None:
@@ -27,3 +43,4 @@ def use_kernels(model: nn.Module, folder: Path) -> None:
         return
     use_fast_linears(model)
     use_fast_attention(model)
+    use_fast_blocks(model)

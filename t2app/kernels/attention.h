@@ -20,22 +20,38 @@ template <int R>
 void weighted_values(const float* weights, int64_t tokens, const uint16_t* values, int64_t stride, int64_t size,
                      float* result) {
   for (int64_t i = 0; i < size; i += kBlock) {
-    __m256 even[R], odd[R];
-    for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm256_setzero_ps();
+    Floats even[R], odd[R];
+    for (int r = 0; r < R; ++r) even[r] = odd[r] = zeros();
     for (int64_t t = 0; t < tokens; ++t) {
-      const __m256i pairs = load_pairs(values + t * stride + i);
-      const __m256 first = even_elements(pairs), second = odd_elements(pairs);
+      const Pairs pairs = load_pairs(values + t * stride + i);
+      const Floats first = even_elements(pairs), second = odd_elements(pairs);
       for (int r = 0; r < R; ++r) {
-        const __m256 weight = _mm256_set1_ps(weights[r * tokens + t]);
-        even[r] = _mm256_fmadd_ps(first, weight, even[r]);
-        odd[r] = _mm256_fmadd_ps(second, weight, odd[r]);
+        const Floats weight = all(weights[r * tokens + t]);
+        even[r] = multiply_add(first, weight, even[r]);
+        odd[r] = multiply_add(second, weight, odd[r]);
       }
     }
     for (int r = 0; r < R; ++r) {
-      _mm256_storeu_ps(result + r * size + i, even[r]);
-      _mm256_storeu_ps(result + r * size + i + 8, odd[r]);
+      store(result + r * size + i, even[r]);
+      store(result + r * size + i + kLanes, odd[r]);
     }
   }
+}
+
+// exp of what is not above 0, within float32's rounding; exactly 0 below -87, where float32 ends.
+inline Floats exponential(Floats x) {
+  const Floats least = all(-87.0f);
+  const Floats bounded = _mm256_max_ps(x, least);
+  // exp x = 2ⁿ exp r with |r| ≤ ln 2 / 2; ln 2 in two parts, so that n · ln 2 is not rounded.
+  const Floats n = _mm256_round_ps(bounded * all(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), bounded));
+  Floats series = all(1.0f / 720);
+  for (const float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    series = multiply_add(series, r, all(coefficient));
+  }
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const Floats result = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(series), power));
+  return _mm256_and_ps(result, _mm256_cmp_ps(x, least, _CMP_GT_OQ));
 }
 
 // In place: scores (tokens,) to weights that sum to 1; tokens that `seen` leaves out get 0.
@@ -46,8 +62,14 @@ inline void softmax(float* scores, int64_t tokens, float scale, const bool* seen
     largest = std::max(largest, scores[t]);
   }
   float total = 0.0f;
-  for (int64_t t = 0; t < tokens; ++t) total += scores[t] = std::exp(scores[t] - largest);
-  for (int64_t t = 0; t < tokens; ++t) scores[t] /= total;
+  int64_t t = 0;
+  for (; t + kLanes <= tokens; t += kLanes) {
+    const Floats weights = exponential(load(scores + t) - all(largest));
+    store(scores + t, weights);
+    total += sum(weights);
+  }
+  for (; t < tokens; ++t) total += scores[t] = std::exp(scores[t] - largest);
+  for (t = 0; t < tokens; ++t) scores[t] /= total;
 }
 
 // The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,

@@ -22,6 +22,11 @@ def use_fast_attention(model: nn.Module) -> None:
     model.set_attn_implementation(_NAME)
 
 
+def attends_fast(attention: nn.Module) -> bool:
+    """Whether a transformers attention does so by `fast_attention`."""
+    return attention.config._attn_implementation == _NAME
+
+
 def fast_attention(
     module: nn.Module,
     query: Tensor,

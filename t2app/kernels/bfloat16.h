@@ -1,13 +1,12 @@
-// bfloat16 in memory, float32 in registers (AVX2): no 16-bit arithmetic in the CPU is needed.
+// Rows of bfloat16 in memory, float32 in registers.
 //
 // Every row sums in the same order whatever the number of rows: what a row gets does not depend on its company.
 
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <immintrin.h>
 
-#include <vector>
+#include "vector.h"
 
 namespace t2app {
 
@@ -17,61 +16,51 @@ inline void prefetch(const void* used_now) {
   _mm_prefetch(reinterpret_cast<const char*>(used_now) + kPrefetchBytes, _MM_HINT_T0);
 }
 
-constexpr int64_t kCacheLine = 64;
-// What comes before `prefetch` asks for anything.
+// What comes before `prefetch` asks for anything; null asks for nothing.
 inline void prefetch_beginning(const void* used_soon) {
+  if (used_soon == nullptr) return;
   for (int64_t i = 0; i < kPrefetchBytes; i += kCacheLine) {
     _mm_prefetch(reinterpret_cast<const char*>(used_soon) + i, _MM_HINT_T0);
   }
 }
 
-// Elements that are widened together; the lengths of all rows divide by it.
-constexpr int64_t kBlock = 16;
-
-// Sixteen bfloat16 as two vectors of float32: the even elements (the low halves of 32-bit lanes) and the odd ones.
-// Two cheap instructions where widening in order takes a shuffle for every eight; x is put in this order once instead.
-inline __m256 even_elements(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline __m256 odd_elements(__m256i pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+inline const uint16_t* bits(const at::Tensor& tensor) {
+  return reinterpret_cast<const uint16_t*>(tensor.const_data_ptr<at::BFloat16>());
 }
-inline __m256i load_pairs(const uint16_t* source) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-}
-
-// Where element i of a row stands once each block of sixteen holds its even elements first.
-inline int64_t place(int64_t i) { return (i & ~int64_t{15}) + (i & 1) * 8 + ((i & 15) >> 1); }
+inline float widened(uint16_t value) { return at::BFloat16(value, at::BFloat16::from_bits()); }
+inline uint16_t rounded(float value) { return at::BFloat16(value).x; }
 
 inline void put_even_first(const uint16_t* row, int64_t length, float* result) {
   for (int64_t i = 0; i < length; i += kBlock) {
-    const __m256i pairs = load_pairs(row + i);
-    _mm256_storeu_ps(result + i, even_elements(pairs));
-    _mm256_storeu_ps(result + i + 8, odd_elements(pairs));
+    const Pairs pairs = load_pairs(row + i);
+    store(result + i, even_elements(pairs));
+    store(result + i + kLanes, odd_elements(pairs));
   }
-}
-
-inline float widened(uint16_t value) { return at::BFloat16(value, at::BFloat16::from_bits()); }
-
-inline float sum(__m256 v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
 // One row of a matrix (length k) against R rows of x in even-first order.
 template <int R>
 inline void products_of(const uint16_t* weights, const float* x, int64_t k, float* result) {
-  __m256 even[R], odd[R];
-  for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm256_setzero_ps();
-  for (int64_t i = 0; i < k; i += kBlock) {
+  // A sum waits for its last addition: two in turn keep up with the memory where one does not.
+  constexpr int kTurns = 2;
+  Floats even[kTurns][R], odd[kTurns][R];
+  for (int turn = 0; turn < kTurns; ++turn)
+    for (int r = 0; r < R; ++r) even[turn][r] = odd[turn][r] = zeros();
+  const auto add = [&](int turn, int64_t i) {
     prefetch(weights + i);
-    const __m256i pairs = load_pairs(weights + i);
-    const __m256 first = even_elements(pairs), second = odd_elements(pairs);
+    const Pairs pairs = load_pairs(weights + i);
+    const Floats first = even_elements(pairs), second = odd_elements(pairs);
     for (int r = 0; r < R; ++r) {
-      even[r] = _mm256_fmadd_ps(first, _mm256_loadu_ps(x + r * k + i), even[r]);
-      odd[r] = _mm256_fmadd_ps(second, _mm256_loadu_ps(x + r * k + i + 8), odd[r]);
+      even[turn][r] = multiply_add(first, load(x + r * k + i), even[turn][r]);
+      odd[turn][r] = multiply_add(second, load(x + r * k + i + kLanes), odd[turn][r]);
     }
+  };
+  int64_t i = 0;
+  for (; i + kTurns * kBlock <= k; i += kTurns * kBlock) {
+    for (int turn = 0; turn < kTurns; ++turn) add(turn, i + turn * kBlock);
   }
-  for (int r = 0; r < R; ++r) result[r] = sum(_mm256_add_ps(even[r], odd[r]));
+  if (i < k) add(0, i);
+  for (int r = 0; r < R; ++r) result[r] = sum((even[0][r] + odd[0][r]) + (even[1][r] + odd[1][r]));
 }
 
 constexpr int64_t kRowsAtOnce = 4;
@@ -86,10 +75,6 @@ inline void products(int64_t rows, const uint16_t* weights, const float* x, int6
     case 2: return products_of<2>(weights, x, k, result);
     case 3: return products_of<3>(weights, x, k, result);
   }
-}
-
-inline const uint16_t* bits(const at::Tensor& tensor) {
-  return reinterpret_cast<const uint16_t*>(tensor.const_data_ptr<at::BFloat16>());
 }
 
 }  // namespace t2app

@@ -11,8 +11,13 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-# What a row's length must divide by.
+# What a row's length must divide by: bfloat16 in a register of AVX2.
 WIDTH = 16
+_INSTRUCTIONS = ["-mavx2", "-mfma"]
+if torch.cpu._is_avx512_supported():
+    _INSTRUCTIONS += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+if torch.cpu._is_avx512_bf16_supported():
+    _INSTRUCTIONS += ["-mavx512bf16"]
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "library.cpp"
 
@@ -23,7 +28,8 @@ def load_kernels(folder: Path) -> bool:
     if not torch.cpu._is_avx2_supported():
         return False
     sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
-    key = hashlib.sha256(sources + torch.__version__.encode()).hexdigest()[:16]
+    built_for = " ".join([torch.__version__, *_INSTRUCTIONS])
+    key = hashlib.sha256(sources + built_for.encode()).hexdigest()[:16]
     library = folder / f"kernels-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,13 +39,13 @@ def load_kernels(folder: Path) -> bool:
             if not _compile(built):
                 return False
             os.replace(built, library)
-    if not hasattr(torch.ops.t2app, "few_rows_linear"):
+    if not hasattr(torch.ops.t2app, "one_token_attention"):
         torch.ops.load_library(library)
     return True
 
 
 def _compile(library: Path) -> bool:
-    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", "-mavx2", "-mfma", "-fopenmp", "-fPIC", "-shared"]
+    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *_INSTRUCTIONS, "-fopenmp", "-fPIC", "-shared"]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
     command += ["-DAT_PARALLEL_OPENMP=1", str(_SOURCE), "-o", str(library)]
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]

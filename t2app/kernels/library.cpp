@@ -1,27 +1,28 @@
-// What Python sees of the kernels, as torch.ops.t2app.…
+// What Python sees of the kernels, as torch.ops.t2app.… and torch.classes.t2app.…
 
 #include <torch/library.h>
 
 #include "attention.h"
-#include "dot.h"
+#include "block.h"
+#include "layer.h"
 #include "linear.h"
 
 TORCH_LIBRARY(t2app, library) {
-  library.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  library.def(
-      "few_rows_adapted(Tensor x, Tensor weight, Tensor? bias, Tensor vectors, Tensor scales, bool edits_input, Tensor "
-      "delta, int first, int edited) -> Tensor");
-  library.def("dot_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  library.def(
-      "dot_adapted(Tensor x, Tensor weight, Tensor? bias, Tensor vectors, bool edits_input, Tensor delta, int first, int "
-      "edited) -> Tensor");
   library.def("one_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
+
+  using t2app::Block;
+  using t2app::Layer;
+  using Optional = std::optional<at::Tensor>;
+  library.class_<Layer>("Layer")
+      .def(torch::init<at::Tensor, Optional, bool, Optional, Optional, Optional, bool, int64_t, int64_t>())
+      .def("forward", [](const c10::intrusive_ptr<Layer>& self, const at::Tensor& x) {
+        return t2app::linear({self.get()}, x)[0];
+      });
+  library.class_<Block>("Block")
+      .def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, std::vector<at::Tensor>, double, int64_t, double>())
+      .def("forward", &Block::forward);
 }
 
 TORCH_LIBRARY_IMPL(t2app, CPU, library) {
-  library.impl("few_rows_linear", &t2app::few_rows_linear);
-  library.impl("few_rows_adapted", &t2app::few_rows_adapted);
-  library.impl("dot_linear", &t2app::dot_linear);
-  library.impl("dot_adapted", &t2app::dot_adapted);
   library.impl("one_token_attention", &t2app::one_token_attention);
 }

@@ -6,12 +6,11 @@ the CPU has 16-bit arithmetic. Where it has none, torch multiplies bfloat16 one 
 through a float32 copy of the weight that lives for one product. `bench products` measures all of these.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
 from t2app.kernels.build import WIDTH
@@ -19,16 +18,17 @@ from t2app.kernels.build import WIDTH
 # Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
 FEW_ROWS = 12
-FEW_ROWS_BESIDE_DOT = 3
+FEW_ROWS_BESIDE_DOT = 4
 DOT_ROWS = 64
-_DOT_WIDTH = 32
+_DOT_WIDTH = 2 * WIDTH
+FEW_KERNEL, DOT_KERNEL = "few", "dot"
 
 
 class PackedVectors(NamedTuple):
     """Singular vectors in 8 bits, since an edit costs what reading them costs.
 
     Attributes:
-        integers: (rank, narrow) int8, a vector a row; of every 16 entries those with even places come first.
+        integers: (rank, narrow) int8, a vector a row; of every `WIDTH` entries those with even places come first.
         scales: (rank,) float32; a vector is scale · integers.
     """
 
@@ -50,44 +50,83 @@ def pack_vectors(vectors: Tensor) -> PackedVectors | None:
     return PackedVectors(even_first.contiguous(), scales)
 
 
+class Edit(NamedTuple):
+    """What is done to some rows of a batch in one layer.
+
+    Attributes:
+        vectors: of the layer's narrow side: (rank, narrow), a singular vector a row.
+        packed: the same.
+        edits_input: whether the narrow side is the input, or the output.
+        rows: those that are edited.
+        delta: z − 1 (1 or edited rows, rank) in float32.
+    """
+
+    vectors: Tensor
+    packed: PackedVectors
+    edits_input: bool
+    rows: slice
+    delta: Tensor
+
+
 class FastLinear(nn.Linear):
-    """A linear layer that multiplies by `fast_linear`; it shares its weight and bias with the layer it stands for."""
+    """A linear layer that multiplies by the kernels; it shares its weight and bias with the layer it stands for."""
+
+    # As a `SpectralLinear` has one: this layer edits no row.
+    rows = None
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
+        self._plain: dict[str, ScriptObject] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        return fast_linear(x, self.weight, self.bias)
+        if needs_gradient(x, self.weight):
+            return F.linear(x, self.weight, self.bias)
+        kernel = self.kernel_for(x.numel() // x.shape[-1])
+        if kernel is not None:
+            return kernel.forward(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if has_bfloat16_arithmetic():
+            y = F.linear(rows, self.weight, self.bias)
+        else:
+            bias = None if self.bias is None else self.bias.float()
+            y = F.linear(rows.float(), self.weight.float(), bias).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
 
-    def adapted(
-        self, vectors: Tensor, packed: "PackedVectors", edits_input: bool, count: int, rows: slice, delta: Tensor
-    ) -> Callable[[Tensor], Tensor] | None:
-        """What gives W'x + bias for some rows of a batch and Wx + bias for the others, from x (rows, 1, in_features).
+    def kernel_for(self, rows: int, edit: Edit | None = None) -> ScriptObject | None:
+        """The fastest kernel for so many rows; None where there is none."""
+        lengths = (self.in_features,) if edit is None else (self.in_features, edit.vectors.shape[1])
+        kind = _fastest_kernel(rows, *lengths)
+        if kind is None or edit is not None:
+            return None if kind is None else self.kernel(kind, edit)
+        if kind not in self._plain:
+            self._plain[kind] = self.kernel(kind)
+        return self._plain[kind]
+
+    def kernel_of_plan(self, rows: int) -> ScriptObject | None:
+        """What the layer is in a step of so many rows; `SpectralLinear`, which has plans, has the same."""
+        return self.kernel_for(rows)
+
+    def kernel(self, kind: str, edit: Edit | None = None) -> ScriptObject:
+        """An object whose `forward` gives W'x + bias for the edited rows of x (…, in_features), Wx + bias for others.
 
         It has no gradient. What can be decided before a step is decided here: a step calls it in every layer.
 
         Args:
-            vectors: of the narrow side, which is the input or the output: (rank, narrow), a singular vector a row.
-            packed: the same.
-            count: rows of the batch; there is no kernel for many of them, and None is returned.
-            rows: those that are adapted.
-            delta: z − 1 (1 or adapted rows, rank) in float32.
+            kind: `FEW_KERNEL` or `DOT_KERNEL`.
+            edit: None edits no row.
         """
-        weight, bias = self.weight, self.bias
-        first, adapted = rows.start, rows.stop - rows.start
-        kernel = _kernel_for(count, self.in_features, vectors.shape[1])
-        if kernel == "few":
-            op, (integers, scales) = torch.ops.t2app.few_rows_adapted.default, packed
-            return lambda x: op(x, weight, bias, integers, scales, edits_input, delta, first, adapted)
-        if kernel == "dot":
-            op = torch.ops.t2app.dot_adapted.default
-            return lambda x: op(x, weight, bias, vectors, edits_input, delta, first, adapted)
-        return None
+        dot = kind == DOT_KERNEL
+        if edit is None:
+            return torch.classes.t2app.Layer(self.weight, self.bias, dot, None, None, None, False, 0, 0)
+        vectors, scales = (edit.vectors, None) if dot else edit.packed
+        first, edited = edit.rows.start, edit.rows.stop - edit.rows.start
+        what = (vectors, scales, edit.delta, edit.edits_input, first, edited)
+        return torch.classes.t2app.Layer(self.weight, self.bias, dot, *what)
 
 
 def use_fast_linears(model: nn.Module) -> None:
-    """Let the linear layers of a bfloat16 model on the CPU multiply by `fast_linear`.
+    """Let the linear layers of a bfloat16 model on the CPU run as `FastLinear`.
 
     Layers that are no plain ones, as those of 4-bit, and layers that accelerate offloads stay as they are.
     """
@@ -103,31 +142,14 @@ def has_bfloat16_arithmetic() -> bool:
 
 
 @cache
-def _kernel_for(rows: int, *lengths: int) -> str | None:
-    """Which kernel is for so many rows, "few" or "dot", or None; the lengths are those of the rows that it reads."""
+def _fastest_kernel(rows: int, *lengths: int) -> str | None:
+    """The kind of the kernel for so many rows, None where there is none; it reads rows of these lengths."""
     if any(length % WIDTH for length in lengths):
         return None
     dot = has_bfloat16_arithmetic() and not any(length % _DOT_WIDTH for length in lengths)
     if rows <= (FEW_ROWS_BESIDE_DOT if dot else FEW_ROWS):
-        return "few"
-    return "dot" if dot and rows <= DOT_ROWS else None
-
-
-def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for x (…, in_features), weight (out_features, in_features) and bias (out_features,), all bfloat16."""
-    if needs_gradient(x, weight):
-        return F.linear(x, weight, bias)
-    kernel = _kernel_for(x.numel() // x.shape[-1], x.shape[-1])
-    if kernel == "few":
-        return torch.ops.t2app.few_rows_linear.default(x, weight, bias)
-    if kernel == "dot":
-        return torch.ops.t2app.dot_linear.default(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if has_bfloat16_arithmetic():
-        y = F.linear(rows, weight, bias)
-    else:
-        y = F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    return y.view(*x.shape[:-1], -1)
+        return FEW_KERNEL
+    return DOT_KERNEL if dot and rows <= DOT_ROWS else None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

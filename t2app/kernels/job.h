@@ -1,0 +1,62 @@
+// Work that all threads share, in phases with a barrier between two of them.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "bfloat16.h"
+
+namespace t2app {
+
+// This thread's share of `count` things.
+struct Share {
+  int64_t begin, end;
+
+  explicit Share(int64_t count) {
+    const int64_t threads = omp_get_num_threads(), each = (count + threads - 1) / threads;
+    begin = std::min(count, omp_get_thread_num() * each);
+    end = std::min(count, begin + each);
+  }
+};
+
+class Job {
+ public:
+  explicit Job(int phases) : phases(phases) {}
+  virtual ~Job() = default;
+  // This thread's share of a phase, of which there are `phases`, counted from 0.
+  virtual void run(int phase) = 0;
+  // Where the memory begins that this thread reads in a phase; null where it is in the cache already.
+  virtual const void* beginning(int phase) const = 0;
+
+  const int phases;
+};
+
+// Runs several jobs side by side: starting threads and waiting for the last of them costs what reading 100 KB of weights
+// does, however much they have done.
+inline void run(const std::vector<std::unique_ptr<Job>>& jobs, int threads) {
+  std::vector<std::pair<Job*, int>> steps;  // in the order of their phases
+  for (int phase = 0, left = 1; left > 0; ++phase) {
+    left = 0;
+    for (const auto& job : jobs) {
+      if (phase < job->phases) steps.emplace_back(job.get(), phase);
+      if (phase + 1 < job->phases) ++left;
+    }
+  }
+#pragma omp parallel num_threads(threads)
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto [job, phase] = steps[i];
+    if (i > 0 && phase != steps[i - 1].second) {
+#pragma omp barrier
+    }
+    // While this is computed the next one's memory is on its way, which nothing else has asked for.
+    if (i + 1 < steps.size()) prefetch_beginning(steps[i + 1].first->beginning(steps[i + 1].second));
+    job->run(phase);
+  }
+}
+
+}  // namespace t2app

@@ -1,0 +1,94 @@
+// Registers of AVX2: eight float32, or sixteen bfloat16 in pairs.
+//
+// Sixteen bits times sixteen bits is nothing that most CPUs do: bfloat16 is widened where it is used. Of a register of
+// pairs the even elements (the low halves of 32-bit lanes) and the odd ones are two cheap instructions away, where
+// widening in order takes a shuffle for each; so what meets them is put in this order once.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <new>
+#include <vector>
+
+namespace t2app {
+
+constexpr int64_t kCacheLine = 64;
+
+// Memory that begins with a cache line: a load that meets two of them takes twice as long.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <typename Other>
+  Aligned(const Aligned<Other>&) {}
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(kCacheLine)));
+  }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(kCacheLine)); }
+  bool operator==(const Aligned&) const { return true; }
+};
+using AlignedFloats = std::vector<float, Aligned<float>>;
+
+using Floats = __m256;
+using Pairs = __m256i;
+
+inline Floats zeros() { return _mm256_setzero_ps(); }
+inline Floats all(float value) { return _mm256_set1_ps(value); }
+inline Floats load(const float* source) { return _mm256_loadu_ps(source); }
+inline void store(float* target, Floats values) { _mm256_storeu_ps(target, values); }
+// a · b + c
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(Floats values) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline Pairs load_pairs(const uint16_t* source) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)); }
+inline void store_pairs(uint16_t* target, Pairs pairs) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), pairs);
+}
+inline Floats even_elements(Pairs pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline Floats odd_elements(Pairs pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+// Lanes whose high halves are bfloat16, rounded to the nearest, to even where two are as near.
+inline Pairs rounded_lanes(Floats values) {
+  const __m256i bits = _mm256_castps_si256(values);
+  const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
+}
+inline Pairs rounded_pairs(Floats even, Floats odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded_lanes(even), 16), rounded_lanes(odd), 0xaa);
+}
+
+constexpr int64_t kLanes = 8;
+// Elements that are widened together; the lengths of all rows divide by it (`WIDTH` in build.py).
+constexpr int64_t kBlock = 2 * kLanes;
+// Where element i of a row stands once each block holds its even elements first.
+inline int64_t place(int64_t i) { return i - i % kBlock + i % 2 * kLanes + i % kBlock / 2; }
+
+// The widest registers of float32 that there are, for what has more to compute than to read.
+#ifdef __AVX512F__
+using WideFloats = __m512;
+inline WideFloats all_wide(float value) { return _mm512_set1_ps(value); }
+inline WideFloats load_wide(const float* source) { return _mm512_loadu_ps(source); }
+inline WideFloats load_wide(const int8_t* source) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+}
+inline void store(float* target, WideFloats values) { _mm512_storeu_ps(target, values); }
+inline WideFloats multiply_add(WideFloats a, WideFloats b, WideFloats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(WideFloats values) { return _mm512_reduce_add_ps(values); }
+#else
+using WideFloats = Floats;
+inline WideFloats all_wide(float value) { return all(value); }
+inline WideFloats load_wide(const float* source) { return load(source); }
+inline WideFloats load_wide(const int8_t* source) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+}
+#endif
+constexpr int64_t kWideLanes = sizeof(WideFloats) / sizeof(float);
+
+}  // namespace t2app
