@@ -242,6 +242,23 @@ def test_block_follows_the_plan_that_is_in_use():
     assert torch.equal(steps_logits(SpectralModel(model.model, {}), [None, None]), base)
 
 
+@torch.inference_mode()
+def test_block_sees_that_a_layer_was_replaced():
+    model = block_model("llama").bfloat16()
+    use_kernels(model, cache_folder() / "kernels")
+    model = SpectralModel(model, {})
+    before = steps_logits(model, [None])
+    path = "model.layers.1.mlp.up_proj"
+    replaced = nn.Linear(96, 160, bias=False, dtype=torch.bfloat16)
+    replaced.weight.copy_(2 * model.model.get_submodule(path).weight)
+    model.model.set_submodule(path, replaced)
+    found = steps_logits(model, [None])
+    assert not torch.equal(found, before)
+    expected = block_model("llama").bfloat16()
+    expected.get_submodule(path).weight.mul_(2)
+    assert relative_error(found, steps_logits(SpectralModel(expected, {}), [None])) < 2**-5
+
+
 def test_block_that_needs_a_gradient_is_transformers_own():
     model = block_model("llama").bfloat16()
     use_kernels(model, cache_folder() / "kernels")

@@ -45,14 +45,14 @@ class FastBlock:
     def __init__(self, block: nn.Module):
         self._own = block.forward
         attention, mlp = block.self_attn, block.mlp
-        # Adapting a model puts other layers in these places.
+        # Adapting a model, or a LoRA, puts other layers in these places.
         self._places = [(attention._modules, name) for name in _ATTENTION_LAYERS]
         self._places += [(mlp._modules, name) for name in _MLP_LAYERS]
         norms = (block.input_layernorm, block.post_attention_layernorm)
         self._norms = [norm.weight for norm in norms]
         self._settings = (norms[0].variance_epsilon, attention.head_dim, attention.scaling)
         self._index = attention.layer_idx
-        self._count, self._plan = 0, []
+        self._count, self._used = 0, []
         self._kernel: ScriptObject | None = None
 
     def __call__(
@@ -84,15 +84,17 @@ class FastBlock:
         )
 
     def _kernel_for(self, count: int) -> ScriptObject | None:
-        """The kernel of the plan that is in use, made anew only where that is another one than last time."""
+        """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
         layers = [modules[name] for modules, name in self._places]
-        plan = [layer.rows for layer in layers]
+        used = [*layers, *(getattr(layer, "rows", None) for layer in layers)]
         # By identity: the plans of two layers cannot be compared.
-        if count != self._count or any(map(is_not, plan, self._plan)):
-            self._count, self._plan, self._kernel = count, plan, self._made(layers, count)
+        if count != self._count or any(map(is_not, used, self._used)):
+            self._count, self._used, self._kernel = count, used, self._made(layers, count)
         return self._kernel
 
     def _made(self, layers: list[nn.Module], count: int) -> ScriptObject | None:
+        if not all(hasattr(layer, "kernel_of_plan") for layer in layers):
+            return None
         kernels = [layer.kernel_of_plan(count) for layer in layers]
         if any(kernel is None for kernel in kernels):
             return None
