@@ -193,11 +193,13 @@ def test_finalist_that_is_kept_is_the_best_alone_or_one_that_is_better_beyond_do
     scores = dict.fromkeys((base, expert, mixed, other), Score(5, -1.0))
     right = {base: np.array([2, 0, 1, 0]), expert: np.array([3, 1, 2, 2])}
     assert chosen(right, scores, [base, expert]) == expert
-    # Better in all by one example, though worse on others; then by one answer to three examples of four.
+    # Better in all by one example, though worse on others; then by one answer to three examples of four, for which the
+    # chance of as much is one in thirty-five; then by one to each.
     assert chosen(right | {mixed: np.array([6, 0, 2, 1])}, scores, [base, expert]) == expert
-    assert chosen(right | {mixed: np.array([4, 1, 3, 3])}, scores, [base, expert]) == mixed
+    assert chosen(right | {mixed: np.array([4, 1, 3, 3])}, scores, [base, expert]) == expert
+    assert chosen(right | {mixed: np.array([4, 2, 3, 3])}, scores, [base, expert]) == mixed
     # The best of those, and not the surest.
-    ahead = {mixed: np.array([4, 2, 3, 3]), other: np.array([6, 3, 3, 2])}
+    ahead = {mixed: np.array([4, 2, 3, 3]), other: np.array([5, 4, 4, 4])}
     assert chosen(right | ahead, scores, [base, expert]) == other
     assert chosen({base: np.array([2]), expert: np.array([3]), mixed: np.array([8])}, scores, [base, expert]) == expert
 

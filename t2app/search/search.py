@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from scipy.stats import t as student
 
 from t2app.evaluation import BASE
 from t2app.experts import Alpha, mix, share
@@ -19,11 +20,11 @@ from t2app.tasks import Example, Task
 # How far mixtures vouch for each other, in root mean square difference of their α.
 _BANDWIDTH = 0.15
 # What is tried again beside the base model and each expert alone, and on how many sampled answers to each example
-# beside the greedy one. Chosen, like _DOUBT, on examples to train on and validation examples of letter-counting.
+# beside the greedy one. Chosen on examples to train on and validation examples of letter-counting.
 _OTHERS = 4
 _SAMPLES, _SAMPLES_TEMPERATURE = 4, 0.5
-# By how many standard errors a mixture has to be better than the best of those alone.
-_DOUBT = 2.0
+# The chance, of all other mixtures together, that one that is no better than the best of those alone is kept.
+_RISK = 0.025
 
 
 def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
@@ -50,19 +51,24 @@ def finalists(scores: Mapping[Point, Score], alone: Sequence[Point]) -> list[Poi
 def chosen(right: Mapping[Point, np.ndarray], scores: Mapping[Point, Score], alone: Sequence[Point]) -> Point:
     """The finalist to keep: the best of `alone`, or the best of those others that are better beyond doubt.
 
-    That is by more than `_DOUBT` standard errors of the mean difference to the best alone over the examples. The most
-    right of several mixtures that are worth the same is always a little ahead, and an expert alone was trained to be
-    good, while what lies between two need not be (in the spirit of the one-standard-error rule, Breiman et al. 1984).
+    That is by Student's paired test over the examples against the best alone, at `_RISK` divided by the number of
+    others (Bonferroni). The most right of several mixtures that are worth the same is always a little ahead, and an
+    expert alone was trained to be good, while what lies between two need not be (in the spirit of the
+    one-standard-error rule, Breiman et al. 1984).
 
     Args:
         right: right answers to each example, (examples,), of every finalist.
     """
     best = max(alone, key=lambda point: (right[point].sum(), scores[point]))
+    others, examples = [point for point in right if point not in alone], len(right[best])
+    # Of one example the error is not known, and nothing is beyond doubt.
+    if not others or examples == 1:
+        return best
+    standard_errors = student.ppf(1 - _RISK / len(others), examples - 1)
     ahead = {}
-    for point in right:
+    for point in others:
         lead = right[point] - right[best]
-        # Of one example the error is not known, and nothing is beyond doubt.
-        if len(lead) > 1 and lead.mean() > _DOUBT * lead.std(ddof=1) / len(lead) ** 0.5:
+        if lead.mean() > standard_errors * lead.std(ddof=1) / examples**0.5:
             ahead[point] = (right[point].sum(), scores[point])
     return max(ahead, key=ahead.__getitem__, default=best)
 
