@@ -69,7 +69,7 @@ void dot_multiply(const uint16_t* x, int64_t rows, const uint16_t* weight, int64
 // sums (R, narrow) = coefficients (R, 2 · pairs) · vectors (2 · pairs, narrow), the coefficients in pairs of bfloat16.
 template <int R>
 void combine_rows(const uint32_t* coefficients, int64_t pairs, const uint16_t* vectors, int64_t narrow,
-                            float* sums) {
+                  float* sums) {
   for (int64_t column = 0; column < narrow; column += kDotBlock) {
     // Of every eight columns the first four and the last four, as interleaving two vectors leaves them.
     __m512 low[R], high[R];
@@ -110,7 +110,6 @@ inline void combine(int64_t rows, const uint32_t* coefficients, int64_t pairs, c
   some(2, combine_rows<2>);
   some(1, combine_rows<1>);
 }
-
 
 // V((z − 1) ⊙ Vᵀ side) for the edited rows of a batch, each thread over its share of V, which stays in its second cache
 // between the coordinates and the contributions.
