@@ -15,6 +15,9 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="what the weights are held in")
     parser.add_argument("--experts-of", metavar="NAME", help=EXPERTS_OF_HELP)
+    parser.add_argument(
+        "--fixed-model", action="store_true", help="let nobody change the model on the page, which is the same for all"
+    )
     parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="also serve the page under a public Gradio address")
     parser.add_argument(
@@ -30,7 +33,7 @@ def main() -> None:
         limits = Limits(arguments.rows, None if arguments.cache_mib is None else arguments.cache_mib * 2**20)
     except ValueError as error:
         parser.error(str(error))
-    loader = EngineLoader(arguments.model, arguments.precision, arguments.experts_of, limits)
+    loader = EngineLoader(arguments.model, arguments.precision, arguments.experts_of, limits, arguments.fixed_model)
     page = build_page(loader)
     page.launch(server_port=arguments.port, share=arguments.share, theme=THEME, css=CSS, prevent_thread_lock=True)
     # Only now, so that the imports of torch do not compete with the page for the processor.

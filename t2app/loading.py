@@ -20,17 +20,25 @@ class EngineLoader:
 
     Attributes:
         model_name: the model that is loaded or being loaded.
-        choices: the models that there is room for: the first one, and those of the catalogue once it is known.
+        choices: the models that can be chosen: the first one, and once it is known those of the catalogue that fit.
         message, share: what is being done now, and how much of it is done where that is known.
 
     Args:
         experts_of: the model whose experts the first one takes, None where they are its own.
         limits: of what each model decodes at a time, by default those of `Limits`.
+        fixed: offer no other model than the first one.
     """
 
-    def __init__(self, model_name: str, precision: str, experts_of: str | None = None, limits: Limits | None = None):
+    def __init__(
+        self,
+        model_name: str,
+        precision: str,
+        experts_of: str | None = None,
+        limits: Limits | None = None,
+        fixed: bool = False,
+    ):
         self.model_name, self.precision = model_name, precision
-        self._limits = limits
+        self._limits, self._fixed = limits, fixed
         self._experts_of = {model_name: experts_of}
         self.choices: tuple[str, ...] = (model_name,)
         self.message, self.share = "Starting", None
@@ -94,7 +102,8 @@ class EngineLoader:
 
             model = load_model(self.model_name, self.precision, progress=self._report, experts_of=self.experts_of)
             self._engine = Engine(model, self._limits)
-            self.choices = self._models_that_fit()
+            if not self._fixed:
+                self.choices = self._models_that_fit()
         except Exception as error:
             if not isinstance(error, ValueError):
                 logging.getLogger(__name__).exception("%s could not be loaded", self.model_name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2app.categories import CLASSIFIER, LABELS, OTHER, OTHER_DESCRIPTION
+from t2app.cli.output import accuracy_tables
 from t2app.dispatch import PromptDispatch, make_dispatcher
 from t2app.dispatch.wordings import CALIBRATIONS
 from t2app.engine import Engine, PromptError
@@ -212,6 +213,7 @@ def test_dispatch_accuracy_counts_what_was_named_by_the_right_category(engine):
     assert (measured.correct, measured.n, measured.mixture) == (2, 3, CLASSIFIER)
     assert measured.confusion == {"code": {"code": 1, "math": 1}, "math": {"math": 1}}
     assert "| code | 1 | 1 |" in confusion_table(measured)
+    assert confusion_table(measured) in accuracy_tables([measured])
     with pytest.raises(ValueError, match="names no category"):
         evaluate_dispatch("dispatch", prompts, engine.dispatcher(MANUAL, {}))
 

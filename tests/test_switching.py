@@ -93,6 +93,15 @@ def test_only_models_that_are_offered_can_be_chosen_and_one_at_a_time(loader, fo
     loader.engine()
 
 
+def test_fixed_model_is_the_only_one_to_choose(folder):
+    loading = EngineLoader(str(folder), "fp32", fixed=True)
+    loading.start()
+    loading.engine()
+    assert loading.choices == (str(folder),)
+    with pytest.raises(LoadingError, match=f"no model '{DEFAULT_MODEL}' to choose"):
+        loading.switch(DEFAULT_MODEL)
+
+
 @pytest.fixture
 def fail_at(tiny) -> Callable[[int], list[weakref.ref]]:
     """Lets the GPU's memory fall short in the forward pass of this number; gives what the passes computed into."""

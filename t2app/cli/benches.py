@@ -53,4 +53,4 @@ def _write_report(options: argparse.Namespace, names: Sequence[str], figures: Se
 
     text = report(figures, names, title_of(options.model), options.precision)
     command = shlex.join(without_folders(shlex.split(options.command)))
-    write_markdown(options.out, "What things cost", command, text)
+    write_markdown(options.out, "What `bench` measured", command, text)

@@ -17,7 +17,7 @@ from t2app.cli.options import (
     pool_option,
     weights_option,
 )
-from t2app.cli.output import print_accuracies, write_markdown
+from t2app.cli.output import accuracy_tables, print_accuracies, write_markdown
 from t2app.messages import MANUAL, NAMING_DISPATCHERS
 from t2app.tasks import Task
 from t2app.tasks.dispatch import Dispatch, labelled_prompts
@@ -115,9 +115,7 @@ def _measure_dispatch(
 
 
 def _write_results(options: argparse.Namespace, model: "Model", measured: Sequence["Accuracy"]) -> None:
-    """The table, with the command that measured it."""
-    from t2app.evaluation import results_table
-
+    """The tables, with the command that measured them."""
     about = f"Greedy answers on the test splits, weights held in {model.precision}. Written by"
     explained = "p is McNemar's exact test against the base model on the same examples."
-    write_markdown(options.results, model.name, options.command, f"{explained}\n\n{results_table(measured)}", about)
+    write_markdown(options.results, model.name, options.command, f"{explained}\n\n{accuracy_tables(measured)}", about)

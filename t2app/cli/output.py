@@ -17,17 +17,20 @@ def print_json(row: dict) -> None:
 
 def print_accuracies(accuracies: Sequence["Accuracy"], as_json_lines: bool) -> None:
     """Measured accuracies as JSON lines with their intervals, or as tables."""
-    from t2app.evaluation import DispatchAccuracy, confusion_table, results_table
-
     if not as_json_lines:
-        print(results_table(accuracies))
-        for row in accuracies:
-            if isinstance(row, DispatchAccuracy):
-                print(confusion_table(row))
+        print(accuracy_tables(accuracies))
         return
     for row in accuracies:
         low, high = row.interval
         print_json(asdict(row) | {"accuracy": row.accuracy, "low": low, "high": high})
+
+
+def accuracy_tables(accuracies: Sequence["Accuracy"]) -> str:
+    """The accuracies as a Markdown table, and below it what each dispatch named."""
+    from t2app.evaluation import DispatchAccuracy, confusion_table, results_table
+
+    confusions = [confusion_table(row) for row in accuracies if isinstance(row, DispatchAccuracy)]
+    return "\n".join([results_table(accuracies), *confusions])
 
 
 def write_markdown(file: Path, title: str, command: str, text: str, about: str = "") -> None:

@@ -11,15 +11,8 @@ from torch import nn
 
 from t2app.kernels.attention import use_fast_attention
 from t2app.kernels.block import use_fast_blocks
-from t2app.kernels.build import load_kernels
-from t2app.kernels.linear import (
-    Edit,
-    FastLinear,
-    has_bfloat16_arithmetic,
-    needs_gradient,
-    pack_vectors,
-    use_fast_linears,
-)
+from t2app.kernels.build import has_bfloat16_arithmetic, load_kernels
+from t2app.kernels.linear import Edit, FastLinear, needs_gradient, pack_vectors, use_fast_linears
 
 __all__ = [
     "Edit",

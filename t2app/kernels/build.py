@@ -13,13 +13,14 @@ from torch.utils import cpp_extension
 
 # What a row's length must divide by: bfloat16 in a register of AVX2.
 WIDTH = 16
-_INSTRUCTIONS = ["-mavx2", "-mfma"]
-if torch.cpu._is_avx512_supported():
-    _INSTRUCTIONS += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-if torch.cpu._is_avx512_bf16_supported():
-    _INSTRUCTIONS += ["-mavx512bf16"]
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "library.cpp"
+
+
+@cache
+def has_bfloat16_arithmetic() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; torch then does so well for many rows."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 @cache
@@ -28,7 +29,7 @@ def load_kernels(folder: Path) -> bool:
     if not torch.cpu._is_avx2_supported():
         return False
     sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
-    built_for = " ".join([torch.__version__, *_INSTRUCTIONS])
+    built_for = " ".join([torch.__version__, *_instructions()])
     key = hashlib.sha256(sources + built_for.encode()).hexdigest()[:16]
     library = folder / f"kernels-{key}.so"
     if not library.exists():
@@ -44,8 +45,18 @@ def load_kernels(folder: Path) -> bool:
     return True
 
 
+def _instructions() -> list[str]:
+    """The compiler's flags for what the CPU can do."""
+    flags = ["-mavx2", "-mfma"]
+    if torch.cpu._is_avx512_supported():
+        flags += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    if has_bfloat16_arithmetic():
+        flags += ["-mavx512bf16"]
+    return flags
+
+
 def _compile(library: Path) -> bool:
-    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *_INSTRUCTIONS, "-fopenmp", "-fPIC", "-shared"]
+    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *_instructions(), "-fopenmp", "-fPIC", "-shared"]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
     command += ["-DAT_PARALLEL_OPENMP=1", str(_SOURCE), "-o", str(library)]
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]

@@ -13,7 +13,7 @@ import torch
 from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic
 
 # Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
@@ -130,12 +130,6 @@ def use_fast_linears(model: nn.Module) -> None:
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
             model.set_submodule(path, FastLinear(layer))
-
-
-@cache
-def has_bfloat16_arithmetic() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; torch then does so well for many rows."""
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 @cache
