@@ -164,7 +164,7 @@ def _bars(
         bargap=0.35,
         xaxis={
             # Room for the numbers at the bars' ends, on the left only where a bar ends there.
-            "range": [low - 0.2 * (low < 0) * (high - low), high * 1.12],
+            "range": [low - 0.2 * (low < 0) * (high - low), high * 1.18],
             "gridcolor": _GRID_COLOUR,
             "zerolinecolor": _TEXT_COLOUR,
         },
