@@ -33,7 +33,9 @@ def main() -> None:
         limits = Limits(arguments.rows, None if arguments.cache_mib is None else arguments.cache_mib * 2**20)
     except ValueError as error:
         parser.error(str(error))
-    loader = EngineLoader(arguments.model, arguments.precision, arguments.experts_of, limits, arguments.fixed_model)
+    loader = EngineLoader(
+        arguments.model, arguments.precision, arguments.experts_of, limits, fixed=arguments.fixed_model
+    )
     page = build_page(loader)
     page.launch(server_port=arguments.port, share=arguments.share, theme=THEME, css=CSS, prevent_thread_lock=True)
     # Only now, so that the imports of torch do not compete with the page for the processor.
