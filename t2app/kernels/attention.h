@@ -10,10 +10,24 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "bfloat16.h"
+#ifdef __AVX512BF16__
+#include "dot_products.h"
+#endif
 
 namespace t2app {
+
+// The queries (count, size) of a row that share a head of keys and values, each (tokens, size), and where their outputs
+// go. A token's vector begins a stride after the one's before it.
+struct Group {
+  const uint16_t *queries, *keys, *values;
+  int64_t count, size, tokens, key_stride, value_stride;
+  const bool* seen;  // (tokens,), or null where all are
+  float scale;
+  at::BFloat16* outputs;
+};
 
 // result (count, size) = weights (count, tokens) · values, even-first; `values` has its tokens `stride` apart.
 template <int R>
@@ -54,30 +68,110 @@ inline Floats exponential(Floats x) {
   return _mm256_and_ps(result, _mm256_cmp_ps(x, least, _CMP_GT_OQ));
 }
 
-// In place: scores (tokens,) to weights that sum to 1; tokens that `seen` leaves out get 0.
+inline float largest_of(const float* values, int64_t count) {
+  Floats most = all(-std::numeric_limits<float>::infinity());
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) most = _mm256_max_ps(most, load(values + i));
+  float lanes[kLanes];
+  store(lanes, most);
+  float largest = *std::max_element(lanes, lanes + kLanes);
+  for (; i < count; ++i) largest = std::max(largest, values[i]);
+  return largest;
+}
+
+// In place: scores (tokens,) to weights that sum to 1; tokens that `seen` leaves out get 0, scale is above 0.
 inline void softmax(float* scores, int64_t tokens, float scale, const bool* seen) {
-  float largest = -std::numeric_limits<float>::infinity();
-  for (int64_t t = 0; t < tokens; ++t) {
-    scores[t] = seen == nullptr || seen[t] ? scores[t] * scale : -std::numeric_limits<float>::infinity();
-    largest = std::max(largest, scores[t]);
+  if (seen != nullptr) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (!seen[t]) scores[t] = -std::numeric_limits<float>::infinity();
+    }
   }
-  float total = 0.0f;
+  const float largest = largest_of(scores, tokens);
+  Floats totals = zeros();
   int64_t t = 0;
   for (; t + kLanes <= tokens; t += kLanes) {
-    const Floats weights = exponential(load(scores + t) - all(largest));
+    const Floats weights = exponential((load(scores + t) - all(largest)) * all(scale));
     store(scores + t, weights);
-    total += sum(weights);
+    totals = totals + weights;
   }
-  for (; t < tokens; ++t) total += scores[t] = std::exp(scores[t] - largest);
+  float total = sum(totals);
+  for (; t < tokens; ++t) total += scores[t] = std::exp((scores[t] - largest) * scale);
   for (t = 0; t < tokens; ++t) scores[t] /= total;
 }
+
+// Groups of one size, in float32.
+class WideAttention {
+ public:
+  WideAttention(int64_t count, int64_t size, int64_t tokens)
+      : queries_(count * size), scores_(count * tokens), outputs_(count * size), of_token_(count) {}
+
+  void attend(const Group& group) {
+    const int64_t count = group.count, size = group.size, tokens = group.tokens;
+    for (int64_t g = 0; g < count; ++g) put_even_first(group.queries + g * size, size, queries_.data() + g * size);
+    for (int64_t t = 0; t < tokens; ++t) {
+      products(count, group.keys + t * group.key_stride, queries_.data(), size, of_token_.data());
+      for (int64_t g = 0; g < count; ++g) scores_[g * tokens + t] = of_token_[g];
+    }
+    for (int64_t g = 0; g < count; ++g) softmax(scores_.data() + g * tokens, tokens, group.scale, group.seen);
+    int64_t g = 0;
+    const auto some = [&](int64_t together, auto weighted) {
+      for (; g + together <= count; g += together) {
+        weighted(scores_.data() + g * tokens, tokens, group.values, group.value_stride, size, outputs_.data() + g * size);
+      }
+    };
+    some(3, weighted_values<3>);
+    some(1, weighted_values<1>);
+    for (int64_t i = 0; i < count * size; ++i) group.outputs[i] = outputs_[i - i % size + place(i % size)];
+  }
+
+ private:
+  std::vector<float> queries_, scores_, outputs_, of_token_;
+};
+
+#ifdef __AVX512BF16__
+// The same on CPUs that multiply bfloat16; the weights of the values are rounded to it.
+class DotAttention {
+ public:
+  // Whether it can be done this way.
+  static bool takes(const Group& group) {
+    return group.size % kDotBlock == 0 && group.key_stride == group.size && group.value_stride == group.size;
+  }
+
+  DotAttention(int64_t count, int64_t size, int64_t tokens)
+      : pairs_((tokens + 1) / 2), scores_(count * tokens), weights_(count * 2 * pairs_), outputs_(count * size) {}
+
+  void attend(const Group& group) {
+    const int64_t count = group.count, size = group.size, tokens = group.tokens;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint16_t* query = group.queries + g * size;
+      float* scores = scores_.data() + g * tokens;
+      int64_t t = 0;
+      for (; t + kSumsAtOnce <= tokens; t += kSumsAtOnce) {
+        dot_tile<1, kSumsAtOnce>(query, group.keys + t * size, size, scores + t, tokens);
+      }
+      for (; t < tokens; ++t) dot_tile<1, 1>(query, group.keys + t * size, size, scores + t, tokens);
+      softmax(scores, tokens, group.scale, group.seen);
+      store_rounded(weights_.data() + g * 2 * pairs_, tokens,
+                    [&](int64_t i, __mmask16 there) { return load_some(scores + i, there); });
+    }
+    combine(count, reinterpret_cast<const uint32_t*>(weights_.data()), tokens, group.values, size, outputs_.data());
+    std::copy_n(outputs_.begin(), count * size, group.outputs);
+  }
+
+ private:
+  const int64_t pairs_;
+  std::vector<float> scores_;
+  std::vector<uint16_t> weights_;
+  std::vector<float> outputs_;
+};
+#endif
 
 // The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,
 // size), all bfloat16, size divides by 16; mask (1 or rows, 1, 1, tokens) is true for what a row attends to.
 inline at::Tensor one_token_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                                const std::optional<at::Tensor>& mask, double scale) {
   const int64_t rows = query.size(0), heads = query.size(1), size = query.size(3);
-  const int64_t key_heads = keys.size(1), tokens = keys.size(2), group = heads / key_heads;
+  const int64_t key_heads = keys.size(1), tokens = keys.size(2), count = heads / key_heads;
   TORCH_CHECK(query.dim() == 4 && query.size(2) == 1 && heads % key_heads == 0, "one query a row was expected");
   TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(0) == rows && keys.size(3) == size && size % kBlock == 0,
               "keys and values do not match the query");
@@ -85,41 +179,44 @@ inline at::Tensor one_token_attention(const at::Tensor& query, const at::Tensor&
   for (const at::Tensor& tensor : {query, keys, values}) {
     TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, "bfloat16 was expected");
   }
+  TORCH_CHECK(scale > 0, "a scale above 0 was expected");
   const at::Tensor queries = query.contiguous();
   const at::Tensor seen = mask ? mask->contiguous() : at::Tensor();
   TORCH_CHECK(!mask || (seen.scalar_type() == at::kBool && seen.numel() == seen.size(0) * tokens &&
                         (seen.size(0) == rows || seen.size(0) == 1)),
               "a mask of one bool a row and token was expected");
   at::Tensor result = at::empty({rows, 1, heads, size}, query.options());
-  auto* target = result.mutable_data_ptr<at::BFloat16>();
-  at::parallel_for(0, rows * key_heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> q(group * size), scores(group * tokens), products_of_token(group), output(group * size);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / key_heads, head = task % key_heads;
-      const int64_t first = (row * heads + head * group) * size;
-      for (int64_t g = 0; g < group; ++g) put_even_first(bits(queries) + first + g * size, size, q.data() + g * size);
-      const uint16_t* k = bits(keys) + row * keys.stride(0) + head * keys.stride(1);
-      for (int64_t t = 0; t < tokens; ++t) {
-        products(group, k + t * keys.stride(2), q.data(), size, products_of_token.data());
-        for (int64_t g = 0; g < group; ++g) scores[g * tokens + t] = products_of_token[g];
-      }
-      const bool* row_seen = mask ? seen.const_data_ptr<bool>() + (seen.size(0) == 1 ? 0 : row * tokens) : nullptr;
-      for (int64_t g = 0; g < group; ++g) softmax(scores.data() + g * tokens, tokens, scale, row_seen);
-      const uint16_t* v = bits(values) + row * values.stride(0) + head * values.stride(1);
-      int64_t g = 0;
-      for (; g + 3 <= group; g += 3) {
-        weighted_values<3>(scores.data() + g * tokens, tokens, v, values.stride(2), size, output.data() + g * size);
-      }
-      for (; g < group; ++g) {
-        weighted_values<1>(scores.data() + g * tokens, tokens, v, values.stride(2), size, output.data() + g * size);
-      }
-      for (int64_t head_in_group = 0; head_in_group < group; ++head_in_group) {
-        for (int64_t i = 0; i < size; ++i) {
-          target[first + head_in_group * size + i] = output[head_in_group * size + place(i)];
-        }
-      }
-    }
-  });
+  at::BFloat16* outputs = result.mutable_data_ptr<at::BFloat16>();
+  const auto group_of = [&](int64_t task) {
+    const int64_t row = task / key_heads, head = task % key_heads, first = (row * heads + head * count) * size;
+    const bool* row_seen = mask ? seen.const_data_ptr<bool>() + (seen.size(0) == 1 ? 0 : row * tokens) : nullptr;
+    return Group{
+        .queries = bits(queries) + first,
+        .keys = bits(keys) + row * keys.stride(0) + head * keys.stride(1),
+        .values = bits(values) + row * values.stride(0) + head * values.stride(1),
+        .count = count,
+        .size = size,
+        .tokens = tokens,
+        .key_stride = keys.stride(2),
+        .value_stride = values.stride(2),
+        .seen = row_seen,
+        .scale = static_cast<float>(scale),
+        .outputs = outputs + first,
+    };
+  };
+  const auto attend_by = [&]<typename Way>() {
+    at::parallel_for(0, rows * key_heads, 1, [&](int64_t begin, int64_t end) {
+      Way way(count, size, tokens);
+      for (int64_t task = begin; task < end; ++task) way.attend(group_of(task));
+    });
+  };
+#ifdef __AVX512BF16__
+  if (rows * key_heads > 0 && DotAttention::takes(group_of(0))) {
+    attend_by.template operator()<DotAttention>();
+    return result;
+  }
+#endif
+  attend_by.template operator()<WideAttention>();
   return result;
 }
 

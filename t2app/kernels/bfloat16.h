@@ -10,10 +10,13 @@
 
 namespace t2app {
 
-// How far ahead of its use memory is asked for. Left to itself the CPU reads the weights of a 135M model a fifth slower.
-constexpr int64_t kPrefetchBytes = 4096;
+// How far ahead of its use memory is asked for: into the second cache, and from there into the first. Left to itself the
+// CPU reads the weights of a 135M model a third slower, and with the first of these alone a fifth.
+constexpr int64_t kPrefetchBytes = 4096, kFarPrefetchBytes = 16384;
 inline void prefetch(const void* used_now) {
-  _mm_prefetch(reinterpret_cast<const char*>(used_now) + kPrefetchBytes, _MM_HINT_T0);
+  const char* here = reinterpret_cast<const char*>(used_now);
+  _mm_prefetch(here + kPrefetchBytes, _MM_HINT_T0);
+  _mm_prefetch(here + kFarPrefetchBytes, _MM_HINT_T1);
 }
 
 // What comes before `prefetch` asks for anything; null asks for nothing.

@@ -1,115 +1,16 @@
-// Products of several rows on CPUs that multiply bfloat16 themselves (AVX-512 BF16): there is more to compute for each
-// weight than reading it costs, and they do twice as much of it at a time as float32 allows.
+// A linear layer for several rows, plain or with a spectral edit at its narrow side, on CPUs that multiply bfloat16
+// themselves: there is more to compute for each weight than reading it costs.
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
-#include <cstring>
+#include <vector>
 
-#include "bfloat16.h"
+#include "dot_products.h"
 #include "job.h"
 #include "layer.h"
 
 namespace t2app {
-
-// Elements that are multiplied together; the lengths of all rows divide by it.
-constexpr int64_t kDotBlock = 32;
-constexpr int kDotRows = 8, kDotColumns = 3;
-
-// result (R, C): R rows of x by C rows of W, both of length k.
-template <int R, int C>
-void dot_tile(const uint16_t* x, const uint16_t* weights, int64_t k, float* result) {
-  __m512 sums[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < k; i += kDotBlock) {
-    __m512bh columns[C];
-    for (int c = 0; c < C; ++c) {
-      columns[c] = (__m512bh)_mm512_loadu_si512(weights + c * k + i);
-      prefetch(weights + c * k + i);
-    }
-    for (int r = 0; r < R; ++r) {
-      const __m512bh row = (__m512bh)_mm512_loadu_si512(x + r * k + i);
-      for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], row, columns[c]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) result[r * C + c] = _mm512_reduce_add_ps(sums[r][c]);
-}
-
-template <int C, typename Store>
-void dot_columns(const uint16_t* x, int64_t rows, const uint16_t* weights, int64_t k, const Store& store) {
-  float result[kDotRows * C];
-  int64_t row = 0;
-  const auto tile = [&](auto count, auto multiply) {
-    for (; row + count <= rows; row += count) {
-      multiply(x + row * k, weights, k, result);
-      for (int64_t r = 0; r < count; ++r)
-        for (int c = 0; c < C; ++c) store(row + r, c, result[r * C + c]);
-    }
-  };
-  tile(kDotRows, dot_tile<kDotRows, C>);
-  tile(4, dot_tile<4, C>);
-  tile(2, dot_tile<2, C>);
-  tile(1, dot_tile<1, C>);
-}
-
-// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k); `store` takes row, column and value.
-template <typename Store>
-void dot_multiply(const uint16_t* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
-                  const Store& store) {
-  int64_t o = begin;
-  const auto stored = [&](int64_t row, int64_t c, float value) { store(row, o + c, value); };
-  for (; o + kDotColumns <= end; o += kDotColumns) dot_columns<kDotColumns>(x, rows, weight + o * k, k, stored);
-  for (; o < end; ++o) dot_columns<1>(x, rows, weight + o * k, k, stored);
-}
-
-// sums (R, narrow) = coefficients (R, 2 · pairs) · vectors (2 · pairs, narrow), the coefficients in pairs of bfloat16.
-template <int R>
-void combine_rows(const uint32_t* coefficients, int64_t pairs, const uint16_t* vectors, int64_t narrow,
-                  float* sums) {
-  for (int64_t column = 0; column < narrow; column += kDotBlock) {
-    // Of every eight columns the first four and the last four, as interleaving two vectors leaves them.
-    __m512 low[R], high[R];
-    for (int r = 0; r < R; ++r) low[r] = high[r] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; ++p) {
-      const __m512i first = _mm512_loadu_si512(vectors + 2 * p * narrow + column);
-      const __m512i second = _mm512_loadu_si512(vectors + (2 * p + 1) * narrow + column);
-      const __m512bh lows = (__m512bh)_mm512_unpacklo_epi16(first, second);
-      const __m512bh highs = (__m512bh)_mm512_unpackhi_epi16(first, second);
-      for (int r = 0; r < R; ++r) {
-        const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(coefficients[r * pairs + p]));
-        low[r] = _mm512_dpbf16_ps(low[r], pair, lows);
-        high[r] = _mm512_dpbf16_ps(high[r], pair, highs);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      float lows[16], highs[16];
-      _mm512_storeu_ps(lows, low[r]);
-      _mm512_storeu_ps(highs, high[r]);
-      for (int lane = 0; lane < 4; ++lane) {
-        std::memcpy(sums + r * narrow + column + 8 * lane, lows + 4 * lane, 4 * sizeof(float));
-        std::memcpy(sums + r * narrow + column + 8 * lane + 4, highs + 4 * lane, 4 * sizeof(float));
-      }
-    }
-  }
-}
-
-inline void combine(int64_t rows, const uint32_t* coefficients, int64_t pairs, const uint16_t* vectors, int64_t narrow,
-                    float* sums) {
-  int64_t row = 0;
-  const auto some = [&](int count, auto combined) {
-    for (; row + count <= rows; row += count) {
-      combined(coefficients + row * pairs, pairs, vectors, narrow, sums + row * narrow);
-    }
-  };
-  some(kDotRows, combine_rows<kDotRows>);
-  some(4, combine_rows<4>);
-  some(2, combine_rows<2>);
-  some(1, combine_rows<1>);
-}
 
 // V((z − 1) ⊙ Vᵀ side) for the edited rows of a batch, each thread over its share of V, which stays in its second cache
 // between the coordinates and the contributions.
@@ -124,13 +25,17 @@ class DotEdit {
     const int64_t pairs = share.end - share.begin, begin = 2 * share.begin, count = layer_.edited;
     std::vector<uint16_t> coefficients(count * 2 * pairs);
     dot_multiply(side + layer_.first * narrow_, count, vectors_, begin, begin + 2 * pairs, narrow_,
-                 [&](int64_t row, int64_t i, float coordinate) {
-                   coefficients[row * 2 * pairs + i - begin] = rounded(coordinate * layer_.factors_of(row)[i]);
+                 [&](int64_t row, int64_t first, int64_t vectors, const float* coordinates) {
+                   const float* factors = layer_.factors_of(row) + first;
+                   store_rounded(coefficients.data() + row * 2 * pairs + first - begin, vectors,
+                                 [&](int64_t i, __mmask16 there) {
+                                   return load_some(coordinates + i, there) * load_some(factors + i, there);
+                                 });
                  });
     std::vector<float>& change = changes_[omp_get_thread_num()];
     change.resize(count * narrow_);
-    combine(count, reinterpret_cast<const uint32_t*>(coefficients.data()), pairs, vectors_ + begin * narrow_, narrow_,
-            change.data());
+    combine(count, reinterpret_cast<const uint32_t*>(coefficients.data()), 2 * pairs, vectors_ + begin * narrow_,
+            narrow_, change.data());
   }
 
   // Where this thread's share of V begins.
@@ -138,11 +43,13 @@ class DotEdit {
 
   bool edits(int64_t row) const { return row >= layer_.first && row < layer_.first + layer_.edited; }
 
-  // What an edited row is changed by at one place, after all threads have computed their part.
-  float change(int64_t row, int64_t place) const {
+  // What an edited row is changed by from one place on, after all threads have computed their part.
+  __m512 change(int64_t row, int64_t place, __mmask16 there) const {
     const int64_t threads = omp_get_num_threads();
-    float value = 0.0f;
-    for (int64_t t = 0; t < threads; ++t) value += changes_[t][(row - layer_.first) * narrow_ + place];
+    __m512 value = _mm512_setzero_ps();
+    for (int64_t t = 0; t < threads; ++t) {
+      value += load_some(changes_[t].data() + (row - layer_.first) * narrow_ + place, there);
+    }
     return value;
   }
 
@@ -164,7 +71,7 @@ class DotRows : public Job {
         k_(layer.in_features),
         x_(bits(x)),
         weight_(bits(layer.weight)),
-        y_(y.mutable_data_ptr<at::BFloat16>()) {
+        y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
     if (!layer.vectors) return;
     edit_.emplace(layer, threads);
     side_.resize(rows * layer.narrow());
@@ -194,41 +101,49 @@ class DotRows : public Job {
   void multiply_to_result(const uint16_t* x) const {
     const Share share(n_);
     dot_multiply(x, rows_, weight_, share.begin, share.end, k_,
-                 [&](int64_t row, int64_t o, float value) { y_[row * n_ + o] = value + layer_.bias[o]; });
+                 [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+                   const float* bias = layer_.bias.data() + first;
+                   store_rounded(y_ + row * n_ + first, columns, [&](int64_t i, __mmask16 there) {
+                     return load_some(values + i, there) + load_some(bias + i, there);
+                   });
+                 });
   }
 
   void edit_input() {
     const Share places(k_);
     for (int64_t row = layer_.first; row < layer_.first + layer_.edited; ++row) {
-      for (int64_t i = places.begin; i < places.end; ++i) {
-        uint16_t& value = side_[row * k_ + i];
-        value = rounded(widened(value) + edit_->change(row, i));
-      }
+      uint16_t* side = side_.data() + row * k_ + places.begin;
+      store_rounded(side, places.end - places.begin, [&](int64_t i, __mmask16 there) {
+        return load_some(side + i, there) + edit_->change(row, places.begin + i, there);
+      });
     }
   }
 
   void multiply_to_product() {
     const Share share(n_);
-    dot_multiply(x_, rows_, weight_, share.begin, share.end, k_, [&](int64_t row, int64_t o, float value) {
-      product_[row * n_ + o] = value;
-      side_[row * n_ + o] = rounded(value);
-    });
+    dot_multiply(x_, rows_, weight_, share.begin, share.end, k_,
+                 [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+                   std::copy_n(values, columns, product_.begin() + row * n_ + first);
+                   store_rounded(side_.data() + row * n_ + first, columns,
+                                 [&](int64_t i, __mmask16 there) { return load_some(values + i, there); });
+                 });
   }
 
   void store_edited_output() const {
     const Share share(n_);
     for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t o = share.begin; o < share.end; ++o) {
-        const float change = edit_->edits(row) ? edit_->change(row, o) : 0.0f;
-        y_[row * n_ + o] = product_[row * n_ + o] + change + layer_.bias[o];
-      }
+      const float *product = product_.data() + row * n_ + share.begin, *bias = layer_.bias.data() + share.begin;
+      store_rounded(y_ + row * n_ + share.begin, share.end - share.begin, [&](int64_t i, __mmask16 there) {
+        const __m512 value = load_some(product + i, there) + load_some(bias + i, there);
+        return edit_->edits(row) ? value + edit_->change(row, share.begin + i, there) : value;
+      });
     }
   }
 
   const Layer& layer_;
   const int64_t rows_, n_, k_;
   const uint16_t *x_, *weight_;
-  at::BFloat16* y_;
+  uint16_t* y_;
   std::vector<uint16_t> side_;
   std::vector<float> product_;
   std::optional<DotEdit> edit_;
