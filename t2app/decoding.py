@@ -2,12 +2,10 @@
 
 One forward pass a token serves all rows: the answers that are being written for the page, the samples of a training
 step, the problems of an evaluation. A row stops at its end of turn and leaves the batch; others may join it between two
-steps. What prompts of one mixture begin with alike, as their chat template makes them, is computed once for all of
-them. This file knows token ids and mixtures; text appears only where `TextStream` turns one row's tokens into pieces
+steps. This file knows token ids and mixtures; text appears only where `TextStream` turns one row's tokens into pieces
 that can be shown.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +20,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from t2app.context import Context, Prefix, compute_prefix, device_of, distinct, forward
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
-from t2app.spectral import Deltas, RowDeltas, SpectralModel, execution_device
+from t2app.spectral import Deltas, RowDeltas, SpectralModel
 from t2app.vision import PictureInputs, picture_arguments, take_position_shift
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
@@ -33,121 +32,6 @@ _LEAST_SAVING = 64
 # its longest row to its shortest bounds the work that is lost to padding.
 _PART_TOKENS = 4096
 _PART_RATIO = 1.5
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What prompts begin with, computed once for every mixture that they are answered with.
-
-    Attributes:
-        length: in tokens.
-        mixtures: one for every row of `cache`.
-    """
-
-    length: int
-    mixtures: Sequence[Deltas | None]
-    cache: GrowingCache
-
-    def cache_for(self, mixtures: Sequence[Deltas | None]) -> GrowingCache:
-        """A cache of its own with a row for each of these mixtures, which must be among the prefix's."""
-        row_of = {id(mixture): row for row, mixture in enumerate(self.mixtures)}
-        rows = copy.copy(self.cache)
-        rows.layers = [copy.copy(layer) for layer in self.cache.layers]
-        # Selecting makes new tensors, so the prefix's own are never written to.
-        rows.batch_select_indices(torch.tensor([row_of[id(mixture)] for mixture in mixtures]))
-        return rows
-
-
-def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix:
-    """Run the tokens that prompts begin with, once for each distinct mixture."""
-    mixtures = _distinct(mixtures)
-    cache = GrowingCache(adapted.model.config)
-    with adapted.rows(mixtures):
-        _forward(adapted, torch.tensor([ids] * len(mixtures), device=_device(adapted)), _Context(cache, None))
-    return Prefix(len(ids), mixtures, cache)
-
-
-@dataclass
-class _Context:
-    """What the rows of a batch have seen.
-
-    Attributes:
-        cache: keys and values of it.
-        mask: (rows, tokens), 1 where there is a token; None where nothing is padded.
-    """
-
-    cache: GrowingCache
-    mask: Tensor | None
-
-    def repeat(self, samples: int) -> None:
-        """Every row `samples` times, one beside the other."""
-        if samples > 1:
-            self.cache.batch_repeat_interleave(samples)
-            self.mask = None if self.mask is None else self.mask.repeat_interleave(samples, 0)
-
-    def extend(self, tokens: int) -> None:
-        """So many tokens more of every row are going to be seen."""
-        if self.mask is not None:
-            self.mask = nn.functional.pad(self.mask, (0, tokens), value=1)
-
-    def select(self, kept: Sequence[int]) -> None:
-        """Keep these rows, and no padding that all of them share."""
-        index = torch.tensor(kept)  # on the CPU: the blocks' caches may lie on several devices
-        self.cache.batch_select_indices(index)
-        if self.mask is None:
-            return
-        self.mask = self.mask[index]
-        if padding := int(self.mask.any(0).int().argmax()):
-            self.mask = self.mask[:, padding:]
-            _trim(self.cache, padding)
-        if bool(self.mask.all()):
-            self.mask = None
-
-    def joined(self, other: "_Context", order: Sequence[int], device: torch.device) -> "_Context":
-        """These rows and the other's after them, in this order then; those that have seen less are padded on the left.
-
-        The tensors are new ones: where memory for them is lacking, both are left as they were.
-        """
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer, others in zip(cache.layers, other.cache.layers, strict=True):
-            layer.keys = _stacked(layer.keys, others.keys, order, dim=2)
-            layer.values = _stacked(layer.values, others.values, order, dim=2)
-            if layer.is_sliding:
-                layer.cumulative_length = max(layer.get_seq_length(), others.get_seq_length())
-        if self.mask is None and other.mask is None and self._tokens == other._tokens:
-            return _Context(cache, None)
-        return _Context(cache, _stacked(self._whole_mask(device), other._whole_mask(device), order, dim=1))
-
-    @property
-    def _tokens(self) -> int:
-        return self.cache.get_seq_length()
-
-    def _whole_mask(self, device: torch.device) -> Tensor:
-        if self.mask is not None:
-            return self.mask
-        return torch.ones(len(self.cache.layers[0].keys), self._tokens, dtype=torch.long, device=device)
-
-
-def _stacked(first: Tensor, second: Tensor, order: Sequence[int], dim: int) -> Tensor:
-    """The rows of both in this order, the shorter one's padded with zeros before what they have in `dim`."""
-    length = max(first.shape[dim], second.shape[dim])
-    stacked = first.new_zeros(len(order), *first.shape[1:dim], length, *first.shape[dim + 1 :])
-    place = torch.tensor(order).argsort()
-    for rows, places in ((first, place[: len(first)]), (second, place[len(first) :])):
-        stacked.narrow(dim, length - rows.shape[dim], rows.shape[dim])[places] = rows
-    return stacked
-
-
-def _trim(cache: GrowingCache, tokens: int) -> None:
-    """Forget the first tokens of all rows."""
-    for layer in cache.layers:
-        seen = layer.get_seq_length() - tokens
-        if layer.is_sliding:
-            layer.cumulative_length = seen
-        # A sliding window may hold fewer than were seen.
-        first = max(layer.keys.shape[2] - seen, 0)
-        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
 
 @dataclass(eq=False)
@@ -186,7 +70,7 @@ class Batch:
         self._adapted, self._stop = adapted, frozenset(eos_ids)
         self._rows: list[_Row] = []
         self._admitted = 0
-        self._context: _Context | None = None
+        self._context: Context | None = None
         self._plan: dict[str, RowDeltas | None] = {}
 
     def __len__(self) -> int:
@@ -218,7 +102,7 @@ class Batch:
         The arguments and what is raised are those of `decode`; where anything is raised, the batch is as it was.
         """
         _check(prompts, mixtures, seeds, prefix, picture)
-        device = _device(self._adapted)
+        device = device_of(self._adapted)
         starts = [sampling.seed] * len(prompts) if seeds is None else seeds
         order = _base_first(mixtures)
         prompts, mixtures = [prompts[p] for p in order], [mixtures[p] for p in order]
@@ -251,13 +135,13 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> dict[int, int]:
         """Run the last token of every row; gives their next ones, by the rows' numbers."""
-        device = _device(self._adapted)
+        device = device_of(self._adapted)
         self._context.extend(1)
         ids = torch.tensor([[row.token] for row in self._rows], device=device)
         places = torch.tensor([[row.position] for row in self._rows], device=device)
         # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
         with self._adapted.using(self._plan):
-            logits = _forward(self._adapted, ids, self._context, places)[:, -1]
+            logits = forward(self._adapted, ids, self._context, places)[:, -1]
         for row in self._rows:
             row.position += 1
         tokens, kept = self._choose(logits, self._rows)
@@ -277,7 +161,7 @@ class Batch:
         tokens = {row.number: row.token for row in sorted(rows, key=lambda row: row.number)}
         return tokens, [i for i, row in enumerate(rows) if row.left and row.token not in self._stop]
 
-    def _join(self, rows: list[_Row], context: _Context, device: torch.device) -> None:
+    def _join(self, rows: list[_Row], context: Context, device: torch.device) -> None:
         if self._rows:
             rows = [*self._rows, *rows]
             order = _base_first([row.mixture for row in rows])
@@ -362,7 +246,7 @@ def answer_log_probabilities(
     """
     samples = len(groups[0])
     answers = [answer for group in groups for answer in group]
-    device = _device(adapted)
+    device = device_of(adapted)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
     targets = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(device)
     mask = (torch.arange(targets.shape[1], device=device) < lengths[:, None]).float()
@@ -374,7 +258,7 @@ def answer_log_probabilities(
         # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
         context.extend(targets.shape[1] - 1)
         with adapted.rows([mixture for mixture in mixtures for _ in range(samples)]):
-            rest = _forward(adapted, targets[:, :-1], context, logits_to_keep=0)
+            rest = forward(adapted, targets[:, :-1], context, logits_to_keep=0)
         logits = torch.cat([logits, rest], dim=1)  # (rows, longest answer, vocabulary)
     # Flat, because torch's cross entropy over a class dimension that is not the last sums it ten times less exactly.
     flat = (logits.float() / temperature).flatten(0, 1)
@@ -406,11 +290,6 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return ids.to(device), None if bool(mask.all()) else mask.to(device)
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position of every token of a left-padded batch (rows, tokens): padding does not count."""
-    return (mask.cumsum(1) - 1).clamp_min(0)
-
-
 def _check(
     prompts: Sequence[Sequence[int]],
     mixtures: Sequence[Deltas | None],
@@ -431,82 +310,46 @@ def _check(
 
 def _prefill(
     adapted: SpectralModel, prompts: Sequence[Sequence[int]], mixtures: Sequence[Deltas | None], prefix: Prefix | None
-) -> tuple[Tensor, _Context]:
+) -> tuple[Tensor, Context]:
     """Run the prompts: logits of their last tokens (rows, 1, vocabulary) and their context."""
     if prefix is None:
         # Each prompt keeps a token of its own, for the logits.
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        rows_saved = len(mixtures) - len(_distinct(mixtures))
+        rows_saved = len(mixtures) - len(distinct(mixtures))
         if alike * rows_saved >= _LEAST_SAVING:
             prefix = compute_prefix(adapted, prompts[0][:alike], mixtures)
             prompts = [prompt[alike:] for prompt in prompts]
     cache = GrowingCache(adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
-    ids, mask = pad_left(prompts, _device(adapted))
+    ids, mask = pad_left(prompts, device_of(adapted))
     if mask is not None and prefix is not None:
         mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
-    context = _Context(cache, mask)
+    context = Context(cache, mask)
     with adapted.rows(mixtures):
-        logits = _forward(adapted, ids, context)
+        logits = forward(adapted, ids, context)
     return logits, context
 
 
 def _prefill_picture(
     adapted: SpectralModel, prompt: Sequence[int], mixtures: Sequence[Deltas | None], picture: PictureInputs
-) -> tuple[Tensor, _Context, int]:
+) -> tuple[Tensor, Context, int]:
     """Run a prompt and its picture, a row for each mixture: logits of the last token (rows, 1, vocabulary), what was
     seen, and how much the positions of what follows differ from the count of tokens.
     """
-    context = _Context(GrowingCache(adapted.model.config), None)
+    context = Context(GrowingCache(adapted.model.config), None)
     seen = picture_arguments(adapted.model, picture, len(mixtures))
     try:
         with adapted.rows(mixtures):
-            ids = torch.tensor([list(prompt)] * len(mixtures), device=_device(adapted))
-            logits = _forward(adapted, ids, context, **seen)
+            ids = torch.tensor([list(prompt)] * len(mixtures), device=device_of(adapted))
+            logits = forward(adapted, ids, context, **seen)
     finally:
         shift = take_position_shift(adapted.model)
     return logits, context, shift
 
 
-def _device(adapted: SpectralModel) -> torch.device:
-    """Where token ids go."""
-    return execution_device(adapted.model.get_input_embeddings())
-
-
-def _distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:
-    """Each mixture once; two are the same if they are one object."""
-    return list({id(mixture): mixture for mixture in mixtures}.values())
-
-
 def _base_first(mixtures: Sequence[Deltas | None]) -> list[int]:
     """The rows, the base model's first: the others are then a slice of the batch, which is edited without a copy."""
     return sorted(range(len(mixtures)), key=lambda row: mixtures[row] is not None)
-
-
-def _forward(
-    adapted: SpectralModel,
-    ids: Tensor,
-    context: _Context,
-    places: Tensor | None = None,
-    logits_to_keep: int = 1,
-    **others,
-) -> Tensor:
-    """Logits of the last tokens, or of all for 0; the context's cache takes the tokens in.
-
-    Args:
-        ids: (rows, new tokens); a mask of the context is of these too.
-        places: their positions, of the same shape; None counts the tokens.
-        others: what else the model takes.
-    """
-    arguments = {"input_ids": ids, "cache": context.cache, "use_cache": True, "logits_to_keep": logits_to_keep}
-    if context.mask is not None:
-        arguments["attention_mask"] = context.mask
-        if places is None:
-            places = positions(context.mask)[:, -ids.shape[1] :]
-    if places is not None:
-        arguments["position_ids"] = places
-    arguments |= others
-    return adapted.model(**arguments).logits
 
 
 def _next_tokens(logits: Tensor, rows: Sequence[_Row]) -> list[int]:

@@ -5,14 +5,14 @@ of them shows an event.
 """
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
-from functools import partial
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 
 from PIL.Image import Image
 
 from t2app.decoding import TextStream
 from t2app.dispatch import Decision, Dispatcher, make_dispatcher
-from t2app.experts import mean_changes, mix, share
+from t2app.experts import Alpha, Expert, mean_changes, mix, share
 from t2app.messages import (
     NAMING_DISPATCHERS,
     Dispatched,
@@ -34,6 +34,8 @@ from t2app.vision import PictureInputs
 __all__ = ["STREAMS", "Engine", "EngineError", "PromptError"]
 
 STREAMS = ("base", "adapted")
+# Mixtures that were used last and are not made anew.
+_KEPT_MIXTURES = 16
 
 
 class PromptError(ValueError):
@@ -50,7 +52,9 @@ class Engine:
     def __init__(self, model: Model, limits: Limits | None = None):
         self._model: Model | None = model
         self._dispatchers: dict[str, Dispatcher] = {}
-        self._scheduler = Scheduler(model.adapted, model.eos_ids, limits or Limits())
+        self._scheduler = Scheduler(model.adapted, model.eos_ids, limits or Limits(), model.beginning())
+        # What is kept for a mixture is found again by the same object.
+        self._mixture = lru_cache(_KEPT_MIXTURES)(partial(_mixture, model.experts))
 
     @property
     def model(self) -> Model:
@@ -64,6 +68,7 @@ class Engine:
         self._scheduler.close()
         self._model = None
         self._dispatchers.clear()
+        self._mixture.cache_clear()
         free_memory()
 
     def dispatcher(self, name: str, weights: Mapping[str, float] | None = None, user: Hashable = None) -> Dispatcher:
@@ -113,7 +118,7 @@ class Engine:
         )
         with self._scheduler.caller(user) as caller:
             decision, seconds = yield from caller.run(partial(_decide, dispatcher, prompt))
-            mixture = mix(self.model.experts, decision.weights)
+            mixture = self._mixture(_frozen(decision.weights))
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -179,6 +184,15 @@ class Engine:
                 yield Token(STREAMS[row], text, counts[row], seconds)
         base, adapted = (stream.text for stream in streams)
         yield Finished(base, adapted, sum(counts), seconds, sum(counts) / seconds)
+
+
+def _frozen(weights: Mapping[str, Alpha]) -> tuple[tuple[str, Alpha], ...]:
+    """Weights as a key to look a mixture up by."""
+    return tuple((name, tuple(alpha) if isinstance(alpha, Sequence) else alpha) for name, alpha in weights.items())
+
+
+def _mixture(experts: Sequence[Expert], weights: tuple[tuple[str, Alpha], ...]) -> Deltas | None:
+    return mix(experts, dict(weights))
 
 
 def _decide(dispatcher: Dispatcher, prompt: str) -> tuple[Decision, float]:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -90,6 +91,11 @@ class Model:
             return self.tokenizer(prompt)["input_ids"]
         messages = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def beginning(self, form: Callable[[str], str] = str) -> list[int]:
+        """Token ids that prompts begin with whatever they are about, where `form` makes a prompt of that."""
+        pairs = zip(*(self.prompt_ids(form(about)) for about in ("A", "b")), strict=False)
+        return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     def picture_prompt(self, prompt: str, image: Image) -> tuple[list[int], PictureInputs]:
         """Token ids of a user's prompt with a picture before it, and what else the model takes of the picture.

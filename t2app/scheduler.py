@@ -25,6 +25,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from t2app.context import Beginnings
 from t2app.decoding import Batch
 from t2app.machine import memory_bytes
 from t2app.messages import Limits, Sampling, Waiting
@@ -179,9 +180,10 @@ class Scheduler:
 
     Args:
         eos_ids: token ids that end an answer.
+        beginning: token ids that most prompts begin with; see `Beginnings`.
     """
 
-    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int], limits: Limits):
+    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int], limits: Limits, beginning: Sequence[int] = ()):
         self._adapted, self._eos_ids = adapted, eos_ids
         self._rows = limits.rows
         self._cache_bytes = _spare_bytes(adapted) if limits.cache_bytes is None else limits.cache_bytes
@@ -193,7 +195,9 @@ class Scheduler:
         self.closed = self._stopped = False
         self._thread: threading.Thread | None = None
         self.serving: Caller | None = None
-        # Touched by the thread alone: the batch, and whose its rows are, by the row's number: the request and its row.
+        # Touched by the thread alone: what prompts begin with, the batch, and whose its rows are, by the row's number:
+        # the request and its row.
+        self._beginnings = Beginnings(adapted, beginning)
         self._batch = Batch(adapted, eos_ids)
         self._running: dict[int, tuple[_Request, int]] = {}
         leave_cores()
@@ -233,7 +237,7 @@ class Scheduler:
             self.closed = True
             self._changed.wait_for(lambda: not self._callers)
         self._stop()
-        self._batch = self._adapted = None
+        self._beginnings = self._batch = self._adapted = None
         free_memory()
 
     def _add_work(self, user: Hashable, caller: Caller, future: Future, work: Callable) -> None:
@@ -318,14 +322,19 @@ class Scheduler:
 
     def _admit(self, request: _Request) -> None:
         request.steps.put({})
-        prompts = [request.prompt] * len(request.mixtures)
-        arguments = (prompts, request.mixtures, request.sampling)
-        tokens, failure = _attempt(lambda: self._batch.admit(*arguments, picture=request.picture))
+        tokens, failure = _attempt(lambda: self._first_tokens(request))
         if failure is not None:
             request.steps.put(failure)
             return
         self._running |= {number: (request, row) for row, number in enumerate(tokens)}
         self._deliver(tokens)
+
+    def _first_tokens(self, request: _Request) -> dict[int, int]:
+        prompt, mixtures, prefix = request.prompt, request.mixtures, None
+        if request.picture is None and (prefix := self._beginnings.prefix_of(prompt, mixtures)) is not None:
+            prompt = prompt[prefix.length :]
+        prompts = [prompt] * len(mixtures)
+        return self._batch.admit(prompts, mixtures, request.sampling, prefix=prefix, picture=request.picture)
 
     def _step(self) -> None:
         tokens, failure = _attempt(self._batch.step)

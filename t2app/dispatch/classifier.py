@@ -6,12 +6,12 @@ questions begin with is computed once a model.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 import torch
 
 from t2app.categories import CLASSIFIER, LABELS, question
-from t2app.decoding import Prefix, answer_log_probabilities, compute_prefix
+from t2app.context import Prefix, compute_prefix
+from t2app.decoding import answer_log_probabilities
 from t2app.dispatch.dispatcher import Decision, decision_for
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.experts import mix
@@ -32,7 +32,7 @@ class ClassifierDispatch:
         if model.classifier is not None:
             self._labels = [model.tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
             self._mixture = mix([model.classifier], {model.classifier.name: 1.0})
-            self._beginning = _alike(model.prompt_ids(question("A")), model.prompt_ids(question("b")))
+            self._beginning = model.beginning(question)
             self._prefix = self._computed(self._beginning)
 
     def decide(self, prompt: str) -> Decision:
@@ -58,8 +58,3 @@ class ClassifierDispatch:
             self._model.adapted, [asked], [self._labels], [self._mixture], prefix=prefix
         )
         return (logs * mask).sum(1).float()
-
-
-def _alike(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The tokens that both begin with."""
-    return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]

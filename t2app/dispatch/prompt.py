@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from t2app.categories import OTHER, OTHER_DESCRIPTION
-from t2app.decoding import answer_log_probabilities, compute_prefix
+from t2app.context import compute_prefix
+from t2app.decoding import answer_log_probabilities
 from t2app.dispatch.dispatcher import Decision, decision_for, softened
 from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS, Wording
 from t2app.messages import PROMPT, PROMPT_SOFT

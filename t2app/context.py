@@ -1,0 +1,228 @@
+"""What the rows of a batch have seen: running tokens in a context, and the beginnings of prompts that are kept.
+
+What prompts of one mixture begin with alike, as their chat template makes them, is computed once for all of them.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from t2app.key_values import GrowingCache
+from t2app.spectral import Deltas, SpectralModel, execution_device
+
+# Fewer tokens of a beginning are not worth keeping, and neither are more mixtures.
+_LEAST_KEPT_TOKENS = 8
+_MOST_KEPT_MIXTURES = 16
+
+
+@dataclass
+class Context:
+    """What the rows of a batch have seen.
+
+    Attributes:
+        cache: keys and values of it.
+        mask: (rows, tokens), 1 where there is a token; None where nothing is padded.
+    """
+
+    cache: GrowingCache
+    mask: Tensor | None
+
+    def repeat(self, samples: int) -> None:
+        """Every row `samples` times, one beside the other."""
+        if samples > 1:
+            self.cache.batch_repeat_interleave(samples)
+            self.mask = None if self.mask is None else self.mask.repeat_interleave(samples, 0)
+
+    def extend(self, tokens: int) -> None:
+        """So many tokens more of every row are going to be seen."""
+        if self.mask is not None:
+            self.mask = nn.functional.pad(self.mask, (0, tokens), value=1)
+
+    def select(self, kept: Sequence[int]) -> None:
+        """Keep these rows, and no padding that all of them share."""
+        index = torch.tensor(kept)  # on the CPU: the blocks' caches may lie on several devices
+        self.cache.batch_select_indices(index)
+        if self.mask is None:
+            return
+        self.mask = self.mask[index]
+        if padding := int(self.mask.any(0).int().argmax()):
+            self.mask = self.mask[:, padding:]
+            _trim(self.cache, padding)
+        if bool(self.mask.all()):
+            self.mask = None
+
+    def joined(self, other: "Context", order: Sequence[int], device: torch.device) -> "Context":
+        """These rows and the other's after them, in this order then; those that have seen less are padded on the left.
+
+        The tensors are new ones: where memory for them is lacking, both are left as they were.
+        """
+        cache = _copied(self.cache)
+        for layer, others in zip(cache.layers, other.cache.layers, strict=True):
+            layer.keys = _stacked(layer.keys, others.keys, order, dim=2)
+            layer.values = _stacked(layer.values, others.values, order, dim=2)
+            if layer.is_sliding:
+                layer.cumulative_length = max(layer.get_seq_length(), others.get_seq_length())
+        if self.mask is None and other.mask is None and self._tokens == other._tokens:
+            return Context(cache, None)
+        return Context(cache, _stacked(self._whole_mask(device), other._whole_mask(device), order, dim=1))
+
+    @property
+    def _tokens(self) -> int:
+        return self.cache.get_seq_length()
+
+    def _whole_mask(self, device: torch.device) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(len(self.cache.layers[0].keys), self._tokens, dtype=torch.long, device=device)
+
+
+def _copied(cache: GrowingCache) -> GrowingCache:
+    """A cache of the same tensors, whose layers can be given others."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def _stacked(first: Tensor, second: Tensor, order: Sequence[int], dim: int) -> Tensor:
+    """The rows of both in this order, the shorter one's padded with zeros before what they have in `dim`."""
+    length = max(first.shape[dim], second.shape[dim])
+    stacked = first.new_zeros(len(order), *first.shape[1:dim], length, *first.shape[dim + 1 :])
+    place = torch.tensor(order).argsort()
+    for rows, places in ((first, place[: len(first)]), (second, place[len(first) :])):
+        stacked.narrow(dim, length - rows.shape[dim], rows.shape[dim])[places] = rows
+    return stacked
+
+
+def _trim(cache: GrowingCache, tokens: int) -> None:
+    """Forget the first tokens of all rows."""
+    for layer in cache.layers:
+        seen = layer.get_seq_length() - tokens
+        if layer.is_sliding:
+            layer.cumulative_length = seen
+        # A sliding window may hold fewer than were seen.
+        first = max(layer.keys.shape[2] - seen, 0)
+        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+
+def forward(
+    adapted: SpectralModel,
+    ids: Tensor,
+    context: Context,
+    places: Tensor | None = None,
+    logits_to_keep: int = 1,
+    **others,
+) -> Tensor:
+    """Logits of the last tokens, or of all for 0; the context's cache takes the tokens in.
+
+    Args:
+        ids: (rows, new tokens); a mask of the context is of these too.
+        places: their positions, of the same shape; None counts the tokens.
+        others: what else the model takes.
+    """
+    arguments = {"input_ids": ids, "cache": context.cache, "use_cache": True, "logits_to_keep": logits_to_keep}
+    if context.mask is not None:
+        arguments["attention_mask"] = context.mask
+        if places is None:
+            places = positions(context.mask)[:, -ids.shape[1] :]
+    if places is not None:
+        arguments["position_ids"] = places
+    arguments |= others
+    return adapted.model(**arguments).logits
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of every token of a left-padded batch (rows, tokens): padding does not count."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What prompts begin with, computed once for every mixture that they are answered with.
+
+    Attributes:
+        length: in tokens.
+        mixtures: one for every row of `cache`.
+    """
+
+    length: int
+    mixtures: Sequence[Deltas | None]
+    cache: GrowingCache
+
+    def cache_for(self, mixtures: Sequence[Deltas | None]) -> GrowingCache:
+        """A cache of its own with a row for each of these mixtures, which must be among the prefix's."""
+        row_of = {id(mixture): row for row, mixture in enumerate(self.mixtures)}
+        rows = _copied(self.cache)
+        # Selecting makes new tensors, so the prefix's own are never written to.
+        rows.batch_select_indices(torch.tensor([row_of[id(mixture)] for mixture in mixtures]))
+        return rows
+
+    def joined(self, other: "Prefix") -> "Prefix":
+        """The same tokens for the mixtures of both."""
+        mixtures = [*self.mixtures, *other.mixtures]
+        context = Context(self.cache, None).joined(
+            Context(other.cache, None), range(len(mixtures)), torch.device("cpu")
+        )
+        return Prefix(self.length, mixtures, context.cache)
+
+
+def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix:
+    """Run the tokens that prompts begin with, once for each distinct mixture."""
+    mixtures = distinct(mixtures)
+    cache = GrowingCache(adapted.model.config)
+    with adapted.rows(mixtures):
+        forward(adapted, torch.tensor([ids] * len(mixtures), device=device_of(adapted)), Context(cache, None))
+    return Prefix(len(ids), mixtures, cache)
+
+
+class Beginnings:
+    """What most prompts of a model begin with, kept as it was computed for the mixtures that were asked for last.
+
+    A prompt then costs what comes after it. The embedded model's chat template begins with some 25 tokens, a third of a
+    prompt of two sentences (`bench first-token`).
+
+    Args:
+        ids: token ids of the beginning; there may be none.
+    """
+
+    def __init__(self, adapted: SpectralModel, ids: Sequence[int]):
+        self._adapted, self._ids = adapted, list(ids)
+        self._prefix: Prefix | None = None
+        self._by_use: list[Deltas | None] = []  # the mixtures of the prefix, the one that was asked for last at the end
+
+    @torch.inference_mode()
+    def prefix_of(self, prompt: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix | None:
+        """The prefix from which `prompt` goes on under any of these mixtures, computed for those that are new.
+
+        Two mixtures are the same if they are one object. None where the prompt begins otherwise, or with nothing worth
+        keeping.
+        """
+        length = len(self._ids)
+        if length < _LEAST_KEPT_TOKENS or len(prompt) <= length or list(prompt[:length]) != self._ids:
+            return None
+        asked = distinct(mixtures)
+        new = [mixture for mixture in asked if not _among(mixture, self._by_use)]
+        self._by_use = [mixture for mixture in self._by_use if not _among(mixture, asked)] + asked
+        if new:
+            computed = compute_prefix(self._adapted, self._ids, new)
+            self._prefix = computed if self._prefix is None else self._prefix.joined(computed)
+        if len(self._by_use) > _MOST_KEPT_MIXTURES:
+            self._by_use = self._by_use[-max(_MOST_KEPT_MIXTURES, len(asked)) :]
+            self._prefix = Prefix(length, self._by_use, self._prefix.cache_for(self._by_use))
+        return self._prefix
+
+
+def _among(mixture: Deltas | None, mixtures: Sequence[Deltas | None]) -> bool:
+    return any(mixture is other for other in mixtures)
+
+
+def distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:
+    """Each mixture once; two are the same if they are one object."""
+    return list({id(mixture): mixture for mixture in mixtures}.values())
+
+
+def device_of(adapted: SpectralModel) -> torch.device:
+    """Where token ids go."""
+    return execution_device(adapted.model.get_input_embeddings())

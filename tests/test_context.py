@@ -1,0 +1,76 @@
+"""What prompts begin with, kept for the mixtures that were used last, on the real embedded model in fp32."""
+
+import torch
+
+from t2app.context import _MOST_KEPT_MIXTURES, Beginnings
+from t2app.decoding import collected, decode
+from t2app.messages import Limits, Sampling
+from t2app.scheduler import Scheduler
+from t2app.spectral import Deltas
+
+GREEDY = Sampling(max_new_tokens=24)
+QUESTIONS = ("Compute 12 + 7. Reply with only the number.", "Why is the sky blue?")
+
+
+def random_deltas(adapted, seed: int) -> Deltas:
+    generator = torch.Generator().manual_seed(seed)
+    return {path: 0.1 * torch.randn(len(layer.vectors), generator=generator) for path, layer in adapted.layers.items()}
+
+
+def tokens_run(adapted, run) -> int:
+    """How many tokens of all rows together the model was given while `run` was called."""
+    counts = []
+    hook = adapted.model.register_forward_pre_hook(
+        lambda _, arguments, options: counts.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    run()
+    hook.remove()
+    return sum(counts)
+
+
+def test_answers_from_a_kept_beginning_are_those_of_whole_prompts_and_cost_what_follows_it(real):
+    mixtures = [None, random_deltas(real.adapted, 0)]
+    beginning = real.beginning()
+    scheduler = Scheduler(real.adapted, real.eos_ids, Limits(), beginning)
+    first = Sampling(max_new_tokens=1)
+
+    def ask(question: str, sampling: Sampling) -> list[list[int]]:
+        rows = [[], []]
+        with scheduler.caller("somebody") as caller:
+            for step in caller.decode(real.prompt_ids(question), mixtures, sampling):
+                for row, token in step.items():
+                    rows[row].append(token)
+        return rows
+
+    try:
+        for question in QUESTIONS:
+            prompt = real.prompt_ids(question)
+            expected = collected(decode(real.adapted, [prompt] * 2, mixtures, GREEDY, real.eos_ids))
+            assert prompt[: len(beginning)] == beginning
+            assert ask(question, GREEDY) == expected
+            assert tokens_run(real.adapted, lambda: ask(question, first)) == 2 * (len(prompt) - len(beginning))  # noqa: B023
+    finally:
+        scheduler.close()
+
+
+def test_prompt_that_begins_otherwise_or_ends_there_has_no_prefix(real):
+    beginning = real.beginning()
+    beginnings = Beginnings(real.adapted, beginning)
+    assert beginnings.prefix_of(beginning, [None]) is None
+    assert beginnings.prefix_of([beginning[-1], *beginning], [None]) is None
+    assert beginnings.prefix_of([*beginning, 5], [None]).length == len(beginning)
+    assert Beginnings(real.adapted, []).prefix_of([*beginning, 5], [None]) is None
+
+
+def test_mixtures_that_were_asked_for_last_are_kept_and_others_computed_again(real):
+    adapted, beginning = real.adapted, real.beginning()
+    beginnings = Beginnings(adapted, beginning)
+    prompt = [*beginning, 5]
+    mixtures = [random_deltas(adapted, seed) for seed in range(_MOST_KEPT_MIXTURES)]
+    for mixture in mixtures:
+        assert tokens_run(adapted, lambda: beginnings.prefix_of(prompt, [None, mixture])) > 0  # noqa: B023
+    # The base model's was asked for every time; beside it the first mixture had no room any more.
+    assert tokens_run(adapted, lambda: beginnings.prefix_of(prompt, [None, mixtures[-1]])) == 0
+    assert tokens_run(adapted, lambda: beginnings.prefix_of(prompt, [mixtures[1]])) == 0
+    assert tokens_run(adapted, lambda: beginnings.prefix_of(prompt, [mixtures[0]])) == len(beginning)
+    assert len(beginnings.prefix_of(prompt, [None]).mixtures) == _MOST_KEPT_MIXTURES
