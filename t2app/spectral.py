@@ -14,8 +14,7 @@ This file knows linear layers and vectors; it does not know experts, prompts or 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -85,21 +84,21 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-class RowDeltas(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RowDeltas:
     """Which rows of a batch one layer edits, and by what.
 
     Attributes:
         count: rows of the batch.
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
-        kernel: the whole layer for one token a row, without a gradient (see `FastLinear.kernel`); None where there is
-            none for that.
+        kernels: the layer under this edit as kernels, by their kind, made when they are first used.
     """
 
     count: int
     edited: slice | Tensor
     delta: Tensor
-    kernel: ScriptObject | None
+    kernels: dict[str, ScriptObject] = field(default_factory=dict)
 
     @property
     def edits_all(self) -> bool:
@@ -138,8 +137,8 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
-        _, rows, delta, kernel = self.rows
-        if kernel is not None and x.shape[1] == 1 and not needs_gradient(x, delta):
+        rows, delta = self.rows.edited, self.rows.delta
+        if not needs_gradient(x, delta) and (kernel := self._edited_kernel(x.shape[1])) is not None:
             return kernel.forward(x)
         if self.in_basis is not None and self.rows.edits_all:
             return self._by_factors(x, 1 + delta)
@@ -147,19 +146,20 @@ class SpectralLinear(nn.Module):
             return self.base(edited(x, rows, self.vectors, delta))
         return edited(self.base(x), rows, self.vectors, delta, self.bias)
 
-    def kernel_for(self, count: int, rows: slice | Tensor, delta: Tensor) -> ScriptObject | None:
-        """See `RowDeltas.kernel`, of which these are the other attributes."""
-        if self.packed is None or not isinstance(rows, slice):
-            return None
-        return self.base.kernel_for(count, Edit(self.vectors, self.packed, self.edits_input, rows, delta))
-
     def kernel_of_plan(self, count: int) -> ScriptObject | None:
         """What the layer is now for one token of so many rows; None where no kernel is, or the plan is for others."""
         if self.packed is None:
             return None
         if self.rows is None:
             return self.base.kernel_for(count)
-        return self.rows.kernel if self.rows.count == count else None
+        return self._edited_kernel(1) if self.rows.count == count else None
+
+    def _edited_kernel(self, tokens: int) -> ScriptObject | None:
+        """The whole layer under its plan, for so many tokens a row and without a gradient; None where no kernel is."""
+        if self.packed is None or not isinstance(self.rows.edited, slice):
+            return None
+        edit = Edit(self.vectors, self.packed, self.edits_input, self.rows.edited, self.rows.delta)
+        return self.base.kernel_for(tokens * self.rows.count, edit, self.rows.kernels)
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
         """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""
@@ -260,8 +260,7 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     # A slice of rows is a view; an index of rows that are apart copies them.
     together = last - first + 1 == len(adapted)
     rows = slice(first, last + 1) if together else torch.tensor(adapted, device=device)
-    delta = delta.to(device, torch.float32)
-    return RowDeltas(len(deltas), rows, delta, layer.kernel_for(len(deltas), rows, delta))
+    return RowDeltas(len(deltas), rows, delta.to(device, torch.float32))
 
 
 def require_gradients(model: nn.Module) -> None:

@@ -96,7 +96,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     edited_rows = slice(first, first + count)
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
-    found = layer.kernel_for(rows, Edit(vectors, packed, basis.edits_input, edited_rows, delta)).forward(x)
+    found = layer.kernel_for(rows, Edit(vectors, packed, basis.edits_input, edited_rows, delta), {}).forward(x)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
     exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x[:, 0].double(), z.double(), strict=True)])

@@ -16,17 +16,21 @@ namespace t2app {
 // between the coordinates and the contributions.
 class DotEdit {
  public:
-  DotEdit(const Layer& layer, int64_t threads)
-      : layer_(layer), vectors_(bits(*layer.vectors)), narrow_(layer.narrow()), changes_(threads) {}
+  DotEdit(const Layer& layer, int64_t tokens_of_row, int64_t threads)
+      : edited(layer, tokens_of_row),
+        rank_(layer.rank()),
+        narrow_(layer.narrow()),
+        vectors_(bits(*layer.vectors)),
+        changes_(threads) {}
 
   // This thread's part of the change, from all rows' narrow side.
   void compute(const uint16_t* side) {
-    const Share share(layer_.rank() / 2);
-    const int64_t pairs = share.end - share.begin, begin = 2 * share.begin, count = layer_.edited;
+    const Share share(rank_ / 2);
+    const int64_t pairs = share.end - share.begin, begin = 2 * share.begin, count = edited.count;
     std::vector<uint16_t> coefficients(count * 2 * pairs);
-    dot_multiply(side + layer_.first * narrow_, count, vectors_, begin, begin + 2 * pairs, narrow_,
+    dot_multiply(side + edited.first * narrow_, count, vectors_, begin, begin + 2 * pairs, narrow_,
                  [&](int64_t row, int64_t first, int64_t vectors, const float* coordinates) {
-                   const float* factors = layer_.factors_of(row) + first;
+                   const float* factors = edited.factors_of(row) + first;
                    store_rounded(coefficients.data() + row * 2 * pairs + first - begin, vectors,
                                  [&](int64_t i, __mmask16 there) {
                                    return load_some(coordinates + i, there) * load_some(factors + i, there);
@@ -39,31 +43,31 @@ class DotEdit {
   }
 
   // Where this thread's share of V begins.
-  const void* beginning() const { return vectors_ + 2 * Share(layer_.rank() / 2).begin * narrow_; }
-
-  bool edits(int64_t row) const { return row >= layer_.first && row < layer_.first + layer_.edited; }
+  const void* beginning() const { return vectors_ + 2 * Share(rank_ / 2).begin * narrow_; }
 
   // What an edited row is changed by from one place on, after all threads have computed their part.
   __m512 change(int64_t row, int64_t place, __mmask16 there) const {
     const int64_t threads = omp_get_num_threads();
     __m512 value = _mm512_setzero_ps();
     for (int64_t t = 0; t < threads; ++t) {
-      value += load_some(changes_[t].data() + (row - layer_.first) * narrow_ + place, there);
+      value += load_some(changes_[t].data() + (row - edited.first) * narrow_ + place, there);
     }
     return value;
   }
 
+  const EditedTokens edited;
+
  private:
-  const Layer& layer_;
+  const int64_t rank_, narrow_;
   const uint16_t* vectors_;
-  const int64_t narrow_;
   std::vector<std::vector<float>> changes_;
 };
 
 // `FewRows` for more of them. The edited side is rounded to bfloat16 once more; the rank divides by 32.
 class DotRows : public Job {
  public:
-  DotRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t threads, const at::Tensor& y)
+  DotRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
+          const at::Tensor& y)
       : Job(layer.vectors ? 3 : 1),
         layer_(layer),
         rows_(rows),
@@ -73,7 +77,7 @@ class DotRows : public Job {
         weight_(bits(layer.weight)),
         y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
     if (!layer.vectors) return;
-    edit_.emplace(layer, threads);
+    edit_.emplace(layer, tokens_of_row, threads);
     side_.resize(rows * layer.narrow());
     if (layer.edits_input) {
       std::copy_n(x_, rows * k_, side_.begin());
@@ -111,7 +115,7 @@ class DotRows : public Job {
 
   void edit_input() {
     const Share places(k_);
-    for (int64_t row = layer_.first; row < layer_.first + layer_.edited; ++row) {
+    for (int64_t row = edit_->edited.first; row < edit_->edited.first + edit_->edited.count; ++row) {
       uint16_t* side = side_.data() + row * k_ + places.begin;
       store_rounded(side, places.end - places.begin, [&](int64_t i, __mmask16 there) {
         return load_some(side + i, there) + edit_->change(row, places.begin + i, there);
@@ -135,7 +139,7 @@ class DotRows : public Job {
       const float *product = product_.data() + row * n_ + share.begin, *bias = layer_.bias.data() + share.begin;
       store_rounded(y_ + row * n_ + share.begin, share.end - share.begin, [&](int64_t i, __mmask16 there) {
         const __m512 value = load_some(product + i, there) + load_some(bias + i, there);
-        return edit_->edits(row) ? value + edit_->change(row, share.begin + i, there) : value;
+        return edit_->edited.has(row) ? value + edit_->change(row, share.begin + i, there) : value;
       });
     }
   }

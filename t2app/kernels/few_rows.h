@@ -61,20 +61,21 @@ inline void add_contributions(const int8_t* vectors, const float* weights, const
 // once, for its coordinate and for its contribution.
 class Edit {
  public:
-  Edit(const Layer& layer, int64_t threads)
-      : layer_(layer),
+  Edit(const Layer& layer, int64_t tokens_of_row, int64_t threads)
+      : edited_(layer, tokens_of_row),
         vectors_(layer.vectors->const_data_ptr<int8_t>()),
+        rank_(layer.rank()),
         narrow_(layer.narrow()),
         // Two cache lines between one thread's part and the next one's: they write to theirs all the time.
-        stride_(layer.edited * narrow_ + 2 * kCacheLine / sizeof(float)),
+        stride_(edited_.count * narrow_ + 2 * kCacheLine / sizeof(float)),
         changes_(threads * stride_, 0.0f) {}
 
   // Where this thread's share of V begins.
-  const void* beginning() const { return vectors_ + Share(layer_.rank()).begin * narrow_; }
+  const void* beginning() const { return vectors_ + Share(rank_).begin * narrow_; }
 
   // This thread's part of the change, from all rows' narrow side in even-first order.
   void compute(const float* side) {
-    const Share share(layer_.rank());
+    const Share share(rank_);
     int64_t i = share.begin;
     for (; i + kVectorsAtOnce <= share.end; i += kVectorsAtOnce) contribute<kVectorsAtOnce>(side, i);
     for (; i < share.end; ++i) contribute<1>(side, i);
@@ -83,8 +84,8 @@ class Edit {
   // Adds what all threads have computed to the edited rows, from one place of theirs to another.
   void apply(float* side, int64_t begin, int64_t end) const {
     const int64_t threads = omp_get_num_threads();
-    for (int64_t row = 0; row < layer_.edited; ++row) {
-      float* edited = side + (layer_.first + row) * narrow_;
+    for (int64_t row = 0; row < edited_.count; ++row) {
+      float* edited = side + (edited_.first + row) * narrow_;
       for (int64_t t = 0; t < threads; ++t) {
         const float* change = changes_.data() + t * stride_ + row * narrow_;
         for (int64_t i = begin; i < end; ++i) edited[i] += change[i];
@@ -96,22 +97,23 @@ class Edit {
   template <int N>
   void contribute(const float* side, int64_t vector) {
     float* change = changes_.data() + omp_get_thread_num() * stride_;
-    for (int64_t row = 0; row < layer_.edited; ++row) {
-      add_contributions<N>(vectors_ + vector * narrow_, layer_.factors_of(row) + vector,
-                           side + (layer_.first + row) * narrow_, narrow_, change + row * narrow_);
+    for (int64_t row = 0; row < edited_.count; ++row) {
+      add_contributions<N>(vectors_ + vector * narrow_, edited_.factors_of(row) + vector,
+                           side + (edited_.first + row) * narrow_, narrow_, change + row * narrow_);
     }
   }
 
-  const Layer& layer_;
+  const EditedTokens edited_;
   const int8_t* vectors_;
-  const int64_t narrow_, stride_;
+  const int64_t rank_, narrow_, stride_;
   AlignedFloats changes_;
 };
 
 // A layer for the rows of x, to y. An edit of the input comes before the product, one of the output after it.
 class FewRows : public Job {
  public:
-  FewRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t threads, const at::Tensor& y)
+  FewRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
+          const at::Tensor& y)
       : Job(!layer.vectors ? 1 : layer.edits_input ? 2 : 3),
         layer_(layer),
         rows_(rows),
@@ -121,7 +123,7 @@ class FewRows : public Job {
         weight_(bits(layer.weight)),
         y_(y.mutable_data_ptr<at::BFloat16>()) {
     for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
-    if (layer.vectors) edit_.emplace(layer, threads);
+    if (layer.vectors) edit_.emplace(layer, tokens_of_row, threads);
     if (edits_output()) product_.resize(rows * n_);
   }
 

@@ -87,4 +87,20 @@ struct Layer : torch::CustomClassHolder {
   }
 };
 
+// The tokens of the rows that a layer edits, of which each row has as many, one after another.
+struct EditedTokens {
+  EditedTokens(const Layer& layer, int64_t tokens)
+      : first(layer.first * tokens), count(layer.edited * tokens), layer_(layer), of_row_(tokens) {}
+
+  bool has(int64_t token) const { return token >= first && token < first + count; }
+  // Those of its row, for a token counted from the first of these.
+  const float* factors_of(int64_t token) const { return layer_.factors_of(token / of_row_); }
+
+  const int64_t first, count;
+
+ private:
+  const Layer& layer_;
+  const int64_t of_row_;
+};
+
 }  // namespace t2app

@@ -19,7 +19,7 @@ from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
 FEW_ROWS = 12
 FEW_ROWS_BESIDE_DOT = 4
-DOT_ROWS = 64
+DOT_ROWS = 128
 _DOT_WIDTH = 2 * WIDTH
 FEW_KERNEL, DOT_KERNEL = "few", "dot"
 
@@ -90,22 +90,30 @@ class FastLinear(nn.Linear):
             y = F.linear(rows.float(), self.weight.float(), bias).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def kernel_for(self, rows: int, edit: Edit | None = None) -> ScriptObject | None:
-        """The fastest kernel for so many rows; None where there is none."""
+    def kernel_for(
+        self, tokens: int, edit: Edit | None = None, made: dict[str, ScriptObject] | None = None
+    ) -> ScriptObject | None:
+        """The fastest kernel for so many tokens of all rows together; None where there is none.
+
+        Args:
+            made: the kernels that there are of this edit, by their kind; a new one is added.
+        """
         lengths = (self.in_features,) if edit is None else (self.in_features, edit.vectors.shape[1])
-        kind = _fastest_kernel(rows, *lengths)
-        if kind is None or edit is not None:
-            return None if kind is None else self.kernel(kind, edit)
-        if kind not in self._plain:
-            self._plain[kind] = self.kernel(kind)
-        return self._plain[kind]
+        kind = _fastest_kernel(tokens, *lengths)
+        if kind is None:
+            return None
+        made = self._plain if edit is None else made
+        if kind not in made:
+            made[kind] = self.kernel(kind, edit)
+        return made[kind]
 
     def kernel_of_plan(self, rows: int) -> ScriptObject | None:
         """What the layer is in a step of so many rows; `SpectralLinear`, which has plans, has the same."""
         return self.kernel_for(rows)
 
     def kernel(self, kind: str, edit: Edit | None = None) -> ScriptObject:
-        """An object whose `forward` gives W'x + bias for the edited rows of x (…, in_features), Wx + bias for others.
+        """An object whose `forward` gives Wx + bias for x (…, in_features), or where it edits, which takes x as
+        (rows, tokens, in_features), W'x + bias for the edited rows.
 
         It has no gradient. What can be decided before a step is decided here: a step calls it in every layer.
 
@@ -133,14 +141,14 @@ def use_fast_linears(model: nn.Module) -> None:
 
 
 @cache
-def _fastest_kernel(rows: int, *lengths: int) -> str | None:
-    """The kind of the kernel for so many rows, None where there is none; it reads rows of these lengths."""
+def _fastest_kernel(tokens: int, *lengths: int) -> str | None:
+    """The kind of the kernel for so many tokens, None where there is none; it reads rows of these lengths."""
     if any(length % WIDTH for length in lengths):
         return None
     dot = has_bfloat16_arithmetic() and not any(length % _DOT_WIDTH for length in lengths)
-    if rows <= (FEW_ROWS_BESIDE_DOT if dot else FEW_ROWS):
+    if tokens <= (FEW_ROWS_BESIDE_DOT if dot else FEW_ROWS):
         return FEW_KERNEL
-    return DOT_KERNEL if dot and rows <= DOT_ROWS else None
+    return DOT_KERNEL if dot and tokens <= DOT_ROWS else None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
