@@ -20,6 +20,8 @@ BENCHES = (
     "serve",
     "recommended",
     "basis",
+    "model",
+    "shape",
 )
 
 
