@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from t2app.checkpoints import cache_folder
 from t2app.kernels import Edit, FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
 from t2app.kernels.attention import fast_attention
-from t2app.kernels.linear import DOT_ROWS, FEW_ROWS_BESIDE_DOT
+from t2app.kernels.linear import DOT_KERNEL, DOT_ROWS, FEW_KERNEL
 from t2app.key_values import GrowingCache
 from t2app.products import edited
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths
@@ -55,11 +55,18 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     assert relative_error(fast_layer(weight)(x), exact - bias.double()) < 2**-8
 
 
-def test_what_a_row_gets_does_not_depend_on_its_company():
-    x, layer = random(FEW_ROWS_BESIDE_DOT, 1, 576), fast_layer(random(1536, 576))
-    together = layer(x)
-    for row in range(len(x)):
-        assert torch.equal(layer(x[row : row + 1]), together[row : row + 1])
+def kernel_of(layer: FastLinear, tokens: int, edit: Edit | None = None):
+    """The fastest kernel, or the one for few rows where torch is faster than any."""
+    kernel = layer.kernel_for(tokens, edit, {})
+    return layer.kernel(FEW_KERNEL, edit) if kernel is None else kernel
+
+
+@pytest.mark.parametrize("kind", [FEW_KERNEL, DOT_KERNEL] if has_bfloat16_arithmetic() else [FEW_KERNEL])
+def test_what_a_row_gets_does_not_depend_on_its_company(kind):
+    kernel, x = fast_layer(random(1536, 576)).kernel(kind), random(20, 1, 576)
+    together = kernel.forward(x)
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 9), slice(7, 20)):
+        assert torch.equal(kernel.forward(x[rows]), together[rows])
 
 
 @pytest.mark.parametrize("narrow", [576, 30])
@@ -83,29 +90,31 @@ def test_edit_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, row
 
 @pytest.mark.parametrize("shape", [(1536, 576), (576, 1536), (192, 576), (16, 48), (36 * 16, 36 * 16)])
 @pytest.mark.parametrize("first, count, rows", [(0, 1, 1), (1, 1, 2), (1, 2, 3), (5, 7, 12), (0, 11, 12)])
+@pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
-    shape, first, count, rows, shared, biased
+    shape, first, count, rows, tokens, shared, biased
 ):
     layer = fast_layer(random(*shape) / shape[1] ** 0.5, random(shape[0]) if biased else None)
     basis = basis_of(layer.weight)
-    x = random(rows, 1, shape[1])
+    x = random(rows, tokens, shape[1])
     delta = 0.1 * torch.randn(1 if shared else count, basis.rank, generator=torch.Generator().manual_seed(0))
     z = torch.ones(rows, basis.rank).index_add_(0, torch.arange(first, first + count), delta.expand(count, -1))
     edited_rows = slice(first, first + count)
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
-    found = layer.kernel_for(rows, Edit(vectors, packed, basis.edits_input, edited_rows, delta), {}).forward(x)
+    edit = Edit(vectors, packed, basis.edits_input, edited_rows, delta)
+    found = kernel_of(layer, rows * tokens, edit).forward(x)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
-    exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x[:, 0].double(), z.double(), strict=True)])
-    exact = exact[:, None] + (layer.bias.double() if biased else 0)
-    assert found.shape == (rows, 1, shape[0]) and found.dtype == torch.bfloat16
+    exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x.double(), z.double(), strict=True)])
+    exact = exact + (layer.bias.double() if biased else 0)
+    assert found.shape == (rows, tokens, shape[0]) and found.dtype == torch.bfloat16
     # Beside the result's own rounding there is that of the vectors, or of coordinates and edited side.
     assert relative_error(found, exact) < 2**-7
     others = [row for row in range(rows) if not first <= row < first + count]
-    assert torch.equal(found[others], layer(x)[others])
+    assert torch.equal(found[others], kernel_of(layer, rows * tokens).forward(x)[others])
 
 
 def test_packed_vectors_are_the_vectors_within_half_a_step_with_even_places_first():

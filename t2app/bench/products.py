@@ -14,7 +14,7 @@ from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
 
-_ROWS = (1, 2, 4, 8, 12, 16, 32, 64, 90)
+_ROWS = (1, 2, 3, 4, 8, 12, 16, 64, 128, 192)
 _STEPS = 10
 
 

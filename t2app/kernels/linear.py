@@ -1,9 +1,10 @@
 """Linear layers in bfloat16 on a CPU.
 
 Decoding multiplies one or two rows by every weight of the model. Our kernel does that in about half of torch's time,
-whatever the CPU; up to how many rows it is the faster one depends on it. For many rows (a prompt) torch is right where
-the CPU has 16-bit arithmetic. Where it has none, torch multiplies bfloat16 one row at a time, and such a product goes
-through a float32 copy of the weight that lives for one product. `bench products` measures all of these.
+whatever the CPU; up to how many rows it is the faster one depends on it. A CPU with 16-bit arithmetic has another one
+for more rows, up to a short prompt's tokens; for a long prompt's torch is right. Where there is no such arithmetic,
+torch multiplies bfloat16 one row at a time, and such a product goes through a float32 copy of the weight that lives for
+one product. `bench products` measures all of these.
 """
 
 from functools import cache
@@ -18,7 +19,7 @@ from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic
 # Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
 FEW_ROWS = 12
-FEW_ROWS_BESIDE_DOT = 4
+FEW_ROWS_BESIDE_DOT = 2
 DOT_ROWS = 128
 _DOT_WIDTH = 2 * WIDTH
 FEW_KERNEL, DOT_KERNEL = "few", "dot"
