@@ -203,11 +203,11 @@ class Beginnings:
         if length < _LEAST_KEPT_TOKENS or len(prompt) <= length or list(prompt[:length]) != self._ids:
             return None
         asked = distinct(mixtures)
-        new = [mixture for mixture in asked if not _among(mixture, self._by_use)]
-        self._by_use = [mixture for mixture in self._by_use if not _among(mixture, asked)] + asked
-        if new:
+        if new := [mixture for mixture in asked if not _among(mixture, self._by_use)]:
             computed = compute_prefix(self._adapted, self._ids, new)
             self._prefix = computed if self._prefix is None else self._prefix.joined(computed)
+        # Last, for where memory was lacking before: this list and the prefix hold the same mixtures.
+        self._by_use = [mixture for mixture in self._by_use if not _among(mixture, asked)] + asked
         if len(self._by_use) > _MOST_KEPT_MIXTURES:
             self._by_use = self._by_use[-max(_MOST_KEPT_MIXTURES, len(asked)) :]
             self._prefix = Prefix(length, self._by_use, self._prefix.cache_for(self._by_use))

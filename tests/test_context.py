@@ -1,7 +1,9 @@
 """What prompts begin with, kept for the mixtures that were used last, on the real embedded model in fp32."""
 
+import pytest
 import torch
 
+from t2app import context
 from t2app.context import _MOST_KEPT_MIXTURES, Beginnings
 from t2app.decoding import collected, decode
 from t2app.messages import Limits, Sampling
@@ -74,3 +76,15 @@ def test_mixtures_that_were_asked_for_last_are_kept_and_others_computed_again(re
     assert tokens_run(adapted, lambda: beginnings.prefix_of(prompt, [mixtures[1]])) == 0
     assert tokens_run(adapted, lambda: beginnings.prefix_of(prompt, [mixtures[0]])) == len(beginning)
     assert len(beginnings.prefix_of(prompt, [None]).mixtures) == _MOST_KEPT_MIXTURES
+
+
+def test_computation_that_failed_is_done_again(real, monkeypatch):
+    beginnings, prompt = Beginnings(real.adapted, real.beginning()), [*real.beginning(), 5]
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(context, "forward", fails)
+        beginnings.prefix_of(prompt, [None])
+    assert len(beginnings.prefix_of(prompt, [None]).cache_for([None])) > 0

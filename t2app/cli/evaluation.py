@@ -117,5 +117,6 @@ def _measure_dispatch(
 def _write_results(options: argparse.Namespace, model: "Model", measured: Sequence["Accuracy"]) -> None:
     """The tables, with the command that measured them."""
     about = f"Greedy answers on the test splits, weights held in {model.precision}. Written by"
-    explained = "p is McNemar's exact test against the base model on the same examples."
-    write_markdown(options.results, model.name, options.command, f"{explained}\n\n{accuracy_tables(measured)}", about)
+    tested = any(row.p_value is not None for row in measured)
+    explained = "p is McNemar's exact test against the base model on the same examples.\n\n" if tested else ""
+    write_markdown(options.results, model.name, options.command, f"{explained}{accuracy_tables(measured)}", about)
