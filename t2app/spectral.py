@@ -105,6 +105,13 @@ class RowDeltas:
         return isinstance(self.edited, slice) and self.edited.stop - self.edited.start == self.count
 
 
+class _PlanInUse:
+    """What all layers of a model look up their part of a plan in: to set it in each of them takes a tenth of a step."""
+
+    def __init__(self):
+        self.plan: Mapping[str, RowDeltas | None] | None = None
+
+
 class SpectralLinear(nn.Module):
     """A linear layer with the edit of this module beside it; the layer itself stays whole under `base`.
 
@@ -112,11 +119,15 @@ class SpectralLinear(nn.Module):
 
     Args:
         many_rows: keep the weight in the basis too, a second copy of it, for batches in which every row is edited.
+        path: of the layer in the plan that is in use.
     """
 
-    def __init__(self, base: nn.Module, basis: Basis, dtype: torch.dtype, many_rows: bool):
+    def __init__(
+        self, base: nn.Module, basis: Basis, dtype: torch.dtype, many_rows: bool, path: str, in_use: _PlanInUse
+    ):
         super().__init__()
         self.base = base
+        self._path, self._in_use = path, in_use
         self.edits_input = basis.edits_input
         self.singular_values = basis.singular_values
         device = execution_device(base)
@@ -127,39 +138,45 @@ class SpectralLinear(nn.Module):
         with align_module_device(base):
             bias = None if base.bias is None else base.bias.detach()
             self.register_buffer("bias", bias, persistent=False)
-        self.rows: RowDeltas | None = None
+
+    @property
+    def rows(self) -> RowDeltas | None:
+        """What the plan in use does here; None where that is nothing."""
+        plan = self._in_use.plan
+        return None if plan is None else plan[self._path]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows is None:
+        rows = self.rows
+        if rows is None:
             return self.base(x)
-        if x.dim() != 3 or x.shape[0] != self.rows.count:
+        if x.dim() != 3 or x.shape[0] != rows.count:
             raise ValueError(
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
-                f"{self.rows.count} rows, so (rows, tokens, features) with that many rows was expected"
+                f"{rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
-        rows, delta = self.rows.edited, self.rows.delta
-        if not needs_gradient(x, delta) and (kernel := self._edited_kernel(x.shape[1])) is not None:
+        if not needs_gradient(x, rows.delta) and (kernel := self._edited_kernel(rows, x.shape[1])) is not None:
             return kernel.forward(x)
-        if self.in_basis is not None and self.rows.edits_all:
-            return self._by_factors(x, 1 + delta)
+        if self.in_basis is not None and rows.edits_all:
+            return self._by_factors(x, 1 + rows.delta)
         if self.edits_input:
-            return self.base(edited(x, rows, self.vectors, delta))
-        return edited(self.base(x), rows, self.vectors, delta, self.bias)
+            return self.base(edited(x, rows.edited, self.vectors, rows.delta))
+        return edited(self.base(x), rows.edited, self.vectors, rows.delta, self.bias)
 
     def kernel_of_plan(self, count: int) -> ScriptObject | None:
         """What the layer is now for one token of so many rows; None where no kernel is, or the plan is for others."""
         if self.packed is None:
             return None
-        if self.rows is None:
+        rows = self.rows
+        if rows is None:
             return self.base.kernel_for(count)
-        return self._edited_kernel(1) if self.rows.count == count else None
+        return self._edited_kernel(rows, 1) if rows.count == count else None
 
-    def _edited_kernel(self, tokens: int) -> ScriptObject | None:
-        """The whole layer under its plan, for so many tokens a row and without a gradient; None where no kernel is."""
-        if self.packed is None or not isinstance(self.rows.edited, slice):
+    def _edited_kernel(self, rows: RowDeltas, tokens: int) -> ScriptObject | None:
+        """The whole layer for so many tokens of each of these rows, without a gradient; None where no kernel is."""
+        if self.packed is None or not isinstance(rows.edited, slice):
             return None
-        edit = Edit(self.vectors, self.packed, self.edits_input, self.rows.edited, self.rows.delta)
-        return self.base.kernel_for(tokens * self.rows.count, edit, self.rows.kernels)
+        edit = Edit(self.vectors, self.packed, self.edits_input, rows.edited, rows.delta)
+        return self.base.kernel_for(tokens * rows.count, edit, rows.kernels)
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:
         """W'x + bias, every row under its own z (1 or rows, rank): two products; an edit beside Wx takes three."""
@@ -192,6 +209,7 @@ class SpectralModel:
     def __init__(self, model: nn.Module, bases: Mapping[str, Basis], many_rows: bool = False):
         self.model = model
         self.layers: dict[str, SpectralLinear] = {}
+        self._in_use = _PlanInUse()
         for path, basis in bases.items():
             layer = linear_layer(model, path)
             if min(layer.in_features, layer.out_features) != basis.rank:
@@ -202,7 +220,7 @@ class SpectralModel:
             # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
             copied = many_rows and has_products_of_many_rows(layer.weight)
-            self.layers[path] = SpectralLinear(layer, basis, dtype, copied)
+            self.layers[path] = SpectralLinear(layer, basis, dtype, copied, path, self._in_use)
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 
@@ -228,13 +246,11 @@ class SpectralModel:
     @contextmanager
     def using(self, plan: Mapping[str, RowDeltas | None]):
         """Run batches by a plan for the time of a block; outside of one the model is the untouched one."""
-        for path, layer in self.layers.items():
-            layer.rows = plan[path]
+        self._in_use.plan = plan
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer.rows = None
+            self._in_use.plan = None
 
     def rows(self, rows: Sequence[Deltas | None]):
         """`using` a plan for these rows."""
