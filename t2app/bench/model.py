@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.memory import peak_memory
 from t2app.bench.step import random_context, stepper
 from t2app.checkpoints import cache_folder, checkpoint_of
 from t2app.decoding import decode
@@ -88,9 +88,7 @@ def _loaded(model_name: str, precision: str) -> _Load:
 
 def _load(model_name: str, precision: str) -> _Load:
     taken = seconds(partial(load_model, model_name, precision, layers=_all_layers))
-    # Kilobytes on Linux. A new process begins with little, whatever its parent held.
-    host_peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _Load(taken, host_peak, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return _Load(taken, peak_memory(os.getpid()), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def _all_layers(path: str) -> bool:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from gradio_client import Client
 
 from t2app.bench.figure import Figure, figure_of
+from t2app.bench.memory import peak_memory
 from t2app.catalogue import CATALOGUE, WheelFile
 from t2app.checkpoints import fetched_wheel
 
@@ -118,22 +119,9 @@ def served_app(*arguments: str, environment: Mapping[str, str] | None = None) ->
         _wait_until_served(app.url, process)
         yield app
     finally:
-        app.peak_memory = _peak_memory(process.pid)
+        app.peak_memory = peak_memory(process.pid)
         process.terminate()
         process.wait()
-
-
-def _peak_memory(process: int) -> int:
-    """The most memory of a process so far, in bytes; 0 where the system does not say (it is asked as Linux is).
-
-    What `wait4` tells of a child begins with what its parent held.
-    """
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return 0
-    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")] or ["VmHWM: 0 kB"]
-    return 1024 * int(line.split()[1])
 
 
 def _free_port() -> int:
