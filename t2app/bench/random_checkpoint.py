@@ -20,7 +20,7 @@ _SPREAD = 0.02
 def write_random_checkpoint(shape: Shape, folder: Path) -> None:
     """Write bf16 safetensors as transformers reads them, a file a block, with the embedded model's tokenizer.
 
-    No more than a block's weights are in memory at a time. The end of a turn is the tokenizer's, as far as the
+    No more than one file's weights are in memory at a time. The end of a turn is the tokenizer's, as far as the
     vocabulary reaches.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_of(DEFAULT_MODEL, lambda message, share: None).folder)
