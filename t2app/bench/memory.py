@@ -1,16 +1,52 @@
-"""The memory of a process."""
+"""The memory of a process and of a GPU."""
 
-from pathlib import Path
+import threading
+
+import psutil
+import torch
+
+_PROBE_SECONDS = 0.002
 
 
-def peak_memory(process: int) -> int:
-    """The most memory of a process so far, in bytes; 0 where the system does not say (it is asked as Linux is).
+def memory_in_use(process: int | None = None) -> int:
+    """Bytes of memory that a process, by default this one, has now and that cannot be taken from it.
 
-    What `wait4` and `getrusage` tell of a child begins with what its parent held.
+    Pages of mapped files are not among them: all that was read of a checkpoint stays until somebody else needs the
+    memory.
     """
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
-        return 0
-    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")] or ["VmHWM: 0 kB"]
-    return 1024 * int(line.split()[1])
+    memory = psutil.Process(process).memory_info()
+    return memory.rss - memory.shared
+
+
+class PeakMemory:
+    """The most memory in bytes that a process, by default this one, had at a time within the block.
+
+    Attributes:
+        peak: of the host's memory; see `memory_in_use`.
+        gpu_peak: of a GPU's, what torch has allocated in this process; 0 without one.
+    """
+
+    def __init__(self, process: int | None = None):
+        self._process = process
+
+    def __enter__(self) -> "PeakMemory":
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.peak, self.gpu_peak = memory_in_use(self._process), 0
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watch.join()
+        if torch.cuda.is_available():
+            self.gpu_peak = torch.cuda.max_memory_allocated()
+
+    def _look(self) -> None:
+        while not self._over.wait(_PROBE_SECONDS):
+            try:
+                self.peak = max(self.peak, memory_in_use(self._process))
+            except psutil.NoSuchProcess:
+                return

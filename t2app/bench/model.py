@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.bench.memory import peak_memory
+from t2app.bench.memory import PeakMemory
 from t2app.bench.step import random_context, stepper
 from t2app.checkpoints import cache_folder, checkpoint_of
 from t2app.decoding import decode
@@ -87,8 +87,9 @@ def _loaded(model_name: str, precision: str) -> _Load:
 
 
 def _load(model_name: str, precision: str) -> _Load:
-    taken = seconds(partial(load_model, model_name, precision, layers=_all_layers))
-    return _Load(taken, peak_memory(os.getpid()), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    with PeakMemory() as memory:
+        taken = seconds(partial(load_model, model_name, precision, layers=_all_layers))
+    return _Load(taken, memory.peak, memory.gpu_peak)
 
 
 def _all_layers(path: str) -> bool:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from gradio_client import Client
 
 from t2app.bench.figure import Figure, figure_of
-from t2app.bench.memory import peak_memory
+from t2app.bench.memory import PeakMemory
 from t2app.catalogue import CATALOGUE, WheelFile
 from t2app.checkpoints import fetched_wheel
 
@@ -115,11 +115,13 @@ def served_app(*arguments: str, environment: Mapping[str, str] | None = None) ->
     app = ServedApp(f"http://127.0.0.1:{port}/")
     command = [sys.executable, str(_APP), "--port", str(port), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | (environment or {}))
+    memory = PeakMemory(process.pid)
     try:
-        _wait_until_served(app.url, process)
-        yield app
+        with memory:
+            _wait_until_served(app.url, process)
+            yield app
     finally:
-        app.peak_memory = peak_memory(process.pid)
+        app.peak_memory = memory.peak
         process.terminate()
         process.wait()
 

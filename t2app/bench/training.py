@@ -12,16 +12,15 @@ the gradient of every z. They differ in how:
 
 import gc
 import multiprocessing
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from t2app.bench.composed import compose, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.memory import PeakMemory, memory_in_use
 from t2app.context import Prefix
 from t2app.decoding import answer_log_probabilities, collected, decode
 from t2app.key_values import GrowingCache
@@ -33,7 +32,6 @@ from t2app.tasks.registry import task_named
 _PROMPTS, _SAMPLES, _ANSWER_TOKENS = 8, 8, 16
 _STEPS = 3
 _LORA_RANK = 16
-_MEMORY_PROBE_SECONDS = 0.002
 
 
 def bench_training(model_name: str, precision: str) -> Iterator[Figure]:
@@ -160,7 +158,7 @@ def _measure(way_name: str, model_name: str, precision: str) -> dict[str, list[f
     batch = _batch(way.model)
     measured: dict[str, list[float]] = {}
     for step in range(1 + _STEPS):
-        with _PeakMemory() as memory:
+        with PeakMemory() as memory:
             sampling, update = seconds(lambda: way.sample(batch)), seconds(lambda: way.update(batch))
         if step == 0:
             continue
@@ -168,39 +166,16 @@ def _measure(way_name: str, model_name: str, precision: str) -> dict[str, list[f
             "sampling_seconds": sampling,
             "update_seconds": update,
             "step_seconds": sampling + update,
-            "peak_memory_mb": (memory.peak - before) / 2**20,
+            "peak_memory_mb": ((memory.gpu_peak or memory.peak) - before) / 2**20,
         }
         for name, value in figures.items():
             measured.setdefault(name, []).append(value)
     return measured
 
 
-class _PeakMemory:
-    """The most memory in bytes that was in use at a time within the block, as `peak` after it."""
-
-    def __enter__(self) -> "_PeakMemory":
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.peak = _memory()
-        self._over = threading.Event()
-        self._watch = threading.Thread(target=self._look)
-        self._watch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._watch.join()
-        if torch.cuda.is_available():
-            self.peak = torch.cuda.max_memory_allocated()
-
-    def _look(self) -> None:
-        while not self._over.wait(_MEMORY_PROBE_SECONDS):
-            self.peak = max(self.peak, _memory())
-
-
 def _memory() -> int:
     """Bytes in use now: the GPU's, or where there is none the process's."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else memory_in_use()
 
 
 def _batch(model: Model) -> _Batch:
