@@ -175,7 +175,7 @@ class SpectralLinear(nn.Module):
         """The whole layer for so many tokens of each of these rows, without a gradient; None where no kernel is."""
         if self.packed is None or not isinstance(rows.edited, slice):
             return None
-        edit = Edit(self.vectors, self.packed, self.edits_input, rows.edited, rows.delta)
+        edit = Edit(self.packed, self.edits_input, rows.edited, rows.delta)
         return self.base.kernel_for(tokens * rows.count, edit, rows.kernels)
 
     def _by_factors(self, x: Tensor, z: Tensor) -> Tensor:

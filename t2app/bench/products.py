@@ -74,4 +74,4 @@ def _kernel(kind: str, layer: SpectralLinear, rows: slice, delta: Tensor) -> Cal
 
 
 def _kernel_edit(kind: str, layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return layer.base.kernel(kind, Edit(layer.vectors, layer.packed, layer.edits_input, rows, delta)).forward
+    return layer.base.kernel(kind, Edit(layer.packed, layer.edits_input, rows, delta)).forward

@@ -147,9 +147,9 @@ class DotAttention {
       float* scores = scores_.data() + g * tokens;
       int64_t t = 0;
       for (; t + kSumsAtOnce <= tokens; t += kSumsAtOnce) {
-        dot_tile<1, kSumsAtOnce>(query, group.keys + t * size, size, scores + t, tokens);
+        dot_tile<OfBfloat16, 1, kSumsAtOnce>(query, group.keys + t * size, size, scores + t, tokens);
       }
-      for (; t < tokens; ++t) dot_tile<1, 1>(query, group.keys + t * size, size, scores + t, tokens);
+      for (; t < tokens; ++t) dot_tile<OfBfloat16, 1, 1>(query, group.keys + t * size, size, scores + t, tokens);
       softmax(scores, tokens, group.scale, group.seen);
       store_rounded(weights_.data() + g * 2 * pairs_, tokens,
                     [&](int64_t i, __mmask16 there) { return load_some(scores + i, there); });

@@ -17,10 +17,23 @@ _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "library.cpp"
 
 
+def _has_avx512() -> bool:
+    """Whether there are registers of 512 bits, and torch, which can be told to do without, uses them."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
+def has_byte_products() -> bool:
+    """Whether the CPU multiplies bytes, 64 at a time."""
+    return _has_avx512() and torch.cpu._is_vnni_supported()
+
+
 @cache
 def has_bfloat16_arithmetic() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; torch then does so well for many rows."""
-    return torch.cpu._is_avx512_bf16_supported()
+    """Whether the CPU multiplies bfloat16 itself, as only CPUs do that multiply bytes; torch then does so well for many
+    rows.
+    """
+    return has_byte_products() and torch.cpu._is_avx512_bf16_supported()
 
 
 @cache
@@ -48,8 +61,10 @@ def load_kernels(folder: Path) -> bool:
 def _instructions() -> list[str]:
     """The compiler's flags for what the CPU can do."""
     flags = ["-mavx2", "-mfma"]
-    if torch.cpu._is_avx512_supported():
+    if _has_avx512():
         flags += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+    if has_byte_products():
+        flags += ["-mavx512vnni"]
     if has_bfloat16_arithmetic():
         flags += ["-mavx512bf16"]
     return flags

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "bfloat16.h"
+#include "edit.h"
 #include "job.h"
 #include "layer.h"
 
@@ -31,83 +32,6 @@ void multiply(const float* x, int64_t rows, const uint16_t* weight, int64_t n, i
     }
   }
 }
-
-// Singular vectors whose coordinates are taken before their contributions are added: they are still in the first cache
-// then, x and the change are loaded once for all of them, and a sum of each fits in a register.
-constexpr int kVectorsAtOnce = kWideLanes / 2;
-
-// change += Σ weightᵢ (vᵢ · x) vᵢ over N vectors, one after another in memory.
-template <int N>
-inline void add_contributions(const int8_t* vectors, const float* weights, const float* x, int64_t narrow, float* change) {
-  WideFloats coordinates[N], factors[N];
-  for (int v = 0; v < N; ++v) coordinates[v] = all_wide(0.0f);
-  for (int64_t i = 0; i < narrow; i += kWideLanes) {
-    const WideFloats side = load_wide(x + i);
-    for (int v = 0; v < N; ++v) {
-      const int8_t* vector = vectors + v * narrow + i;
-      if (i % kCacheLine == 0) prefetch(vector);
-      coordinates[v] = multiply_add(load_wide(vector), side, coordinates[v]);
-    }
-  }
-  for (int v = 0; v < N; ++v) factors[v] = all_wide(sum(coordinates[v]) * weights[v]);
-  for (int64_t i = 0; i < narrow; i += kWideLanes) {
-    WideFloats total = load_wide(change + i);
-    for (int v = 0; v < N; ++v) total = multiply_add(load_wide(vectors + v * narrow + i), factors[v], total);
-    store(change + i, total);
-  }
-}
-
-// V((z − 1) ⊙ Vᵀ side) for the edited rows of a batch, each thread over its share of V. Each vector is read from memory
-// once, for its coordinate and for its contribution.
-class Edit {
- public:
-  Edit(const Layer& layer, int64_t tokens_of_row, int64_t threads)
-      : edited_(layer, tokens_of_row),
-        vectors_(layer.vectors->const_data_ptr<int8_t>()),
-        rank_(layer.rank()),
-        narrow_(layer.narrow()),
-        // Two cache lines between one thread's part and the next one's: they write to theirs all the time.
-        stride_(edited_.count * narrow_ + 2 * kCacheLine / sizeof(float)),
-        changes_(threads * stride_, 0.0f) {}
-
-  // Where this thread's share of V begins.
-  const void* beginning() const { return vectors_ + Share(rank_).begin * narrow_; }
-
-  // This thread's part of the change, from all rows' narrow side in even-first order.
-  void compute(const float* side) {
-    const Share share(rank_);
-    int64_t i = share.begin;
-    for (; i + kVectorsAtOnce <= share.end; i += kVectorsAtOnce) contribute<kVectorsAtOnce>(side, i);
-    for (; i < share.end; ++i) contribute<1>(side, i);
-  }
-
-  // Adds what all threads have computed to the edited rows, from one place of theirs to another.
-  void apply(float* side, int64_t begin, int64_t end) const {
-    const int64_t threads = omp_get_num_threads();
-    for (int64_t row = 0; row < edited_.count; ++row) {
-      float* edited = side + (edited_.first + row) * narrow_;
-      for (int64_t t = 0; t < threads; ++t) {
-        const float* change = changes_.data() + t * stride_ + row * narrow_;
-        for (int64_t i = begin; i < end; ++i) edited[i] += change[i];
-      }
-    }
-  }
-
- private:
-  template <int N>
-  void contribute(const float* side, int64_t vector) {
-    float* change = changes_.data() + omp_get_thread_num() * stride_;
-    for (int64_t row = 0; row < edited_.count; ++row) {
-      add_contributions<N>(vectors_ + vector * narrow_, edited_.factors_of(row) + vector,
-                           side + (edited_.first + row) * narrow_, narrow_, change + row * narrow_);
-    }
-  }
-
-  const EditedTokens edited_;
-  const int8_t* vectors_;
-  const int64_t rank_, narrow_, stride_;
-  AlignedFloats changes_;
-};
 
 // A layer for the rows of x, to y. An edit of the input comes before the product, one of the output after it.
 class FewRows : public Job {

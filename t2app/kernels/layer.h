@@ -15,13 +15,20 @@ constexpr bool kMultipliesBfloat16 = true;
 constexpr bool kMultipliesBfloat16 = false;
 #endif
 
+// What the length of a singular vector divides by (`EDIT_WIDTH` in build.py): the bytes that are multiplied together.
+#ifdef __AVX512VNNI__
+constexpr int64_t kEditBlock = 64;
+#else
+constexpr int64_t kEditBlock = kBlock;
+#endif
+
 struct Layer : torch::CustomClassHolder {
   // y = x Wᵀ + b, or W' = U diag(σ ⊙ z) Vᵀ in place of W for the rows of a batch from `first` on.
   //
   // weight (out_features, in_features) and bias (out_features,) are bfloat16. dot: multiply bfloat16 as it is, on CPUs that
   // can. Without singular vectors no row is edited. With them, they are of the layer's narrow side, (rank, narrow), a
-  // vector a row: for `dot` in bfloat16, and else scale · integers in int8, in even-first order,
-  // the scales (rank,) in float32. delta (1 or edited rows, rank) is z − 1 in float32.
+  // vector a row, as scale · integers in int8, in even-first order, the scales (rank,) in float32. delta (1 or edited
+  // rows, rank) is z − 1 in float32.
   Layer(const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool dot,
         const std::optional<at::Tensor>& vectors, const std::optional<at::Tensor>& scales,
         const std::optional<at::Tensor>& delta, bool edits_input, int64_t first, int64_t edited)
@@ -66,23 +73,21 @@ struct Layer : torch::CustomClassHolder {
 
   void prepare_edit(const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& delta) {
     TORCH_CHECK(vectors->dim() == 2 && vectors->is_contiguous() && vectors->size(1) == narrow() &&
-                    narrow() % block() == 0 && vectors->scalar_type() == (dot ? at::kBFloat16 : at::kChar),
-                "singular vectors that match the layer, of ", block(), "·n, were expected, in int8 or for `dot` bfloat16");
+                    vectors->scalar_type() == at::kChar && narrow() % kEditBlock == 0 && rank() % kBlock == 0,
+                "singular vectors in int8 that match the layer, of ", kEditBlock, "·n, were expected");
     TORCH_CHECK(delta && delta->scalar_type() == at::kFloat && delta->dim() == 2 && delta->size(1) == rank() &&
                     (delta->size(0) == 1 || delta->size(0) == edited),
                 "z - 1 does not match the rows or the rank");
     TORCH_CHECK(first >= 0 && edited > 0, "rows to edit were expected");
-    TORCH_CHECK(dot || (scales && scales->scalar_type() == at::kFloat && scales->is_contiguous() && scales->numel() == rank()),
+    TORCH_CHECK(scales && scales->scalar_type() == at::kFloat && scales->is_contiguous() && scales->numel() == rank(),
                 "a scale in float32 was expected for each singular vector");
     const at::Tensor in_order = delta->contiguous();
-    const float *d = in_order.const_data_ptr<float>(), *s = dot ? nullptr : scales->const_data_ptr<float>();
+    const float *d = in_order.const_data_ptr<float>(), *s = scales->const_data_ptr<float>();
     shared = delta->size(0) == 1;
     factors.resize(delta->numel());
     for (int64_t row = 0; row < delta->size(0); ++row) {
-      for (int64_t i = 0; i < rank(); ++i) {
-        // The coordinate and the contribution both lack a vector's scale.
-        factors[row * rank() + i] = d[row * rank() + i] * (dot ? 1.0f : s[i] * s[i]);
-      }
+      // The coordinate and the contribution both lack a vector's scale.
+      for (int64_t i = 0; i < rank(); ++i) factors[row * rank() + i] = d[row * rank() + i] * s[i] * s[i];
     }
   }
 };

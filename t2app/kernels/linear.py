@@ -14,14 +14,15 @@ import torch
 from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_byte_products
 
 # Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
 FEW_ROWS = 12
 FEW_ROWS_BESIDE_DOT = 2
 DOT_ROWS = 128
-_DOT_WIDTH = 2 * WIDTH
+# What rows divide by where bfloat16 is multiplied as it is, and singular vectors where bytes are.
+_DOT_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
 FEW_KERNEL, DOT_KERNEL = "few", "dot"
 
 
@@ -43,7 +44,7 @@ def pack_vectors(vectors: Tensor) -> PackedVectors | None:
     It moves an entry by 0.4 % of the vector's largest at most; `bench edit` measures what that does to an answer.
     """
     rank, narrow = vectors.shape
-    if narrow % WIDTH:
+    if narrow % (_BYTES_WIDTH if has_byte_products() else WIDTH):
         return None
     scales = vectors.float().abs().amax(1) / torch.iinfo(torch.int8).max
     integers = (vectors.float() / scales[:, None]).round().to(torch.int8)
@@ -55,15 +56,13 @@ class Edit(NamedTuple):
     """What is done to some rows of a batch in one layer.
 
     Attributes:
-        vectors: of the layer's narrow side: (rank, narrow), a singular vector a row.
-        packed: the same.
+        vectors: of the layer's narrow side.
         edits_input: whether the narrow side is the input, or the output.
         rows: those that are edited.
         delta: z − 1 (1 or edited rows, rank) in float32.
     """
 
-    vectors: Tensor
-    packed: PackedVectors
+    vectors: PackedVectors
     edits_input: bool
     rows: slice
     delta: Tensor
@@ -99,8 +98,7 @@ class FastLinear(nn.Linear):
         Args:
             made: the kernels that there are of this edit, by their kind; a new one is added.
         """
-        lengths = (self.in_features,) if edit is None else (self.in_features, edit.vectors.shape[1])
-        kind = _fastest_kernel(tokens, *lengths)
+        kind = _fastest_kernel(tokens, self.in_features)
         if kind is None:
             return None
         made = self._plain if edit is None else made
@@ -125,9 +123,8 @@ class FastLinear(nn.Linear):
         dot = kind == DOT_KERNEL
         if edit is None:
             return torch.classes.t2app.Layer(self.weight, self.bias, dot, None, None, None, False, 0, 0)
-        vectors, scales = (edit.vectors, None) if dot else edit.packed
         first, edited = edit.rows.start, edit.rows.stop - edit.rows.start
-        what = (vectors, scales, edit.delta, edit.edits_input, first, edited)
+        what = (*edit.vectors, edit.delta, edit.edits_input, first, edited)
         return torch.classes.t2app.Layer(self.weight, self.bias, dot, *what)
 
 
@@ -142,11 +139,11 @@ def use_fast_linears(model: nn.Module) -> None:
 
 
 @cache
-def _fastest_kernel(tokens: int, *lengths: int) -> str | None:
-    """The kind of the kernel for so many tokens, None where there is none; it reads rows of these lengths."""
-    if any(length % WIDTH for length in lengths):
+def _fastest_kernel(tokens: int, length: int) -> str | None:
+    """The kind of the kernel for so many tokens, None where there is none; it reads rows of this length."""
+    if length % WIDTH:
         return None
-    dot = has_bfloat16_arithmetic() and not any(length % _DOT_WIDTH for length in lengths)
+    dot = has_bfloat16_arithmetic() and not length % _DOT_WIDTH
     if tokens <= (FEW_ROWS_BESIDE_DOT if dot else FEW_ROWS):
         return FEW_KERNEL
     return DOT_KERNEL if dot and tokens <= DOT_ROWS else None

@@ -1,0 +1,151 @@
+// The edit beside a layer, from singular vectors of 8 bits.
+//
+// A CPU that multiplies bytes rounds the side and the coordinates to 8 bits too, each row under a scale of its own: of an
+// edit, which is a few percent of what a layer gives, that is as much as bfloat16 rounds off the whole (`bench edit`).
+
+#pragma once
+
+#ifdef __AVX512VNNI__
+#include "byte_products.h"
+#endif
+#include "job.h"
+#include "layer.h"
+
+namespace t2app {
+
+// V((z − 1) ⊙ Vᵀ side) for the edited rows of a batch, each thread over its share of V. All floats of a row are in
+// even-first order.
+class Edit {
+ public:
+  Edit(const Layer& layer, int64_t tokens_of_row, int64_t threads)
+      : edited(layer, tokens_of_row),
+        vectors_(layer.vectors->const_data_ptr<int8_t>()),
+        rank_(layer.rank()),
+        narrow_(layer.narrow()),
+        changes_(threads) {}
+
+  // Where this thread's share of V begins.
+  const void* beginning() const { return vectors_ + first_of(share()) * narrow_; }
+
+  // This thread's part of the change, from all rows' narrow side: float32, or bfloat16 as it comes.
+  template <typename Value>
+  void compute(const Value* side);
+
+  // Adds what all threads have computed to the edited rows, from one place of theirs to another.
+  void apply(float* side, int64_t begin, int64_t end) const {
+    for (int64_t row = 0; row < edited.count; ++row) {
+      float* target = side + (edited.first + row) * narrow_;
+      for (int64_t t = 0; t < omp_get_num_threads(); ++t) {
+        const float* change = changes_[t].data() + row * narrow_;
+        for (int64_t i = begin; i < end; ++i) target[i] += change[i];
+      }
+    }
+  }
+
+#ifdef __AVX512F__
+  // What an edited row is changed by in sixteen places from a multiple of sixteen on, as they come.
+  __m512 change(int64_t row, int64_t place) const {
+    __m512 value = _mm512_setzero_ps();
+    for (int64_t t = 0; t < omp_get_num_threads(); ++t) {
+      value += _mm512_loadu_ps(changes_[t].data() + (row - edited.first) * narrow_ + place);
+    }
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), value);
+  }
+#endif
+
+  const EditedTokens edited;
+
+ private:
+  Share share() const { return Share(rank_ / kBlock); }
+  static int64_t first_of(const Share& share) { return share.begin * kBlock; }
+  static int64_t end_of(const Share& share) { return share.end * kBlock; }
+
+  // This thread's change, nothing so far.
+  float* own_change() {
+    AlignedFloats& change = changes_[omp_get_thread_num()];
+    change.assign(edited.count * narrow_, 0.0f);
+    return change.data();
+  }
+
+  const int8_t* vectors_;
+  const int64_t rank_, narrow_;
+  std::vector<AlignedFloats> changes_;
+};
+
+#ifdef __AVX512VNNI__
+
+// Of vectors that are read for their coordinates and again for their contributions: they stay in the second cache.
+constexpr int64_t kVectorBytesAtOnce = 1 << 18;
+
+template <typename Value>
+void Edit::compute(const Value* side) {
+  ByteRows rows(edited.count, narrow_);
+  AlignedFloats row(narrow_);
+  for (int64_t r = 0; r < edited.count; ++r) {
+    const Value* values = side + (edited.first + r) * narrow_;
+    if constexpr (std::is_same_v<Value, float>) {
+      rows.set(r, values);
+    } else {
+      put_even_first(values, narrow_, row.data());
+      rows.set(r, row.data());
+    }
+  }
+  const int64_t at_once = std::max(kVectorBytesAtOnce / narrow_ / kBlock, int64_t{1}) * kBlock, end = end_of(share());
+  float* change = own_change();
+  for (int64_t begin = first_of(share()); begin < end; begin += at_once) {
+    const int64_t count = std::min(at_once, end - begin);
+    AlignedFloats weights(edited.count * count);
+    dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_,
+                          [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
+                            const float *factors = edited.factors_of(r), offset = kByteOffset * rows.sums[r];
+                            for (int64_t v = 0; v < vectors; ++v) {
+                              weights[r * count + first - begin + v] =
+                                  (products[v] - offset) * rows.scales[r] * factors[first + v];
+                            }
+                          });
+    ByteRows coefficients(edited.count, count);
+    for (int64_t r = 0; r < edited.count; ++r) coefficients.set(r, weights.data() + r * count);
+    combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, change);
+  }
+}
+
+#else
+
+// Singular vectors whose coordinates are taken before their contributions are added: they are still in the first cache
+// then, x and the change are loaded once for all of them, and a sum of each fits in a register.
+constexpr int kVectorsAtOnce = kWideLanes / 2;
+
+// change += Σ factorᵢ (vᵢ · x) vᵢ over so many vectors, one after another in memory.
+inline void add_contributions(const int8_t* vectors, const float* factors, const float* x, int64_t narrow, float* change) {
+  WideFloats coordinates[kVectorsAtOnce], weights[kVectorsAtOnce];
+  for (WideFloats& coordinate : coordinates) coordinate = all_wide(0.0f);
+  for (int64_t i = 0; i < narrow; i += kWideLanes) {
+    const WideFloats side = load_wide(x + i);
+    for (int v = 0; v < kVectorsAtOnce; ++v) {
+      const int8_t* vector = vectors + v * narrow + i;
+      if (i % kCacheLine == 0) prefetch(vector);
+      coordinates[v] = multiply_add(load_wide(vector), side, coordinates[v]);
+    }
+  }
+  for (int v = 0; v < kVectorsAtOnce; ++v) weights[v] = all_wide(sum(coordinates[v]) * factors[v]);
+  for (int64_t i = 0; i < narrow; i += kWideLanes) {
+    WideFloats total = load_wide(change + i);
+    for (int v = 0; v < kVectorsAtOnce; ++v) total = multiply_add(load_wide(vectors + v * narrow + i), weights[v], total);
+    store(change + i, total);
+  }
+}
+
+template <>
+inline void Edit::compute(const float* side) {
+  float* change = own_change();
+  for (int64_t v = first_of(share()); v < end_of(share()); v += kVectorsAtOnce) {
+    for (int64_t r = 0; r < edited.count; ++r) {
+      add_contributions(vectors_ + v * narrow_, edited.factors_of(r) + v, side + (edited.first + r) * narrow_, narrow_,
+                        change + r * narrow_);
+    }
+  }
+}
+
+#endif
+
+}  // namespace t2app

@@ -1,0 +1,105 @@
+// Matrix products in tiles whose sums stay in registers, on CPUs with AVX-512. What is multiplied is a type's affair:
+//
+//   Element: of a row, as it lies in memory.
+//   Register, Sums: kBlock elements together, and what their products are summed in.
+//   load, load_column: of a row of x, and of W, which is read once for several of x.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "bfloat16.h"
+
+namespace t2app {
+
+// A tile's rows of x and of W: their sums are most of the registers that there are.
+constexpr int kDotRows = 8, kDotColumns = 3;
+constexpr int kSumsAtOnce = 8;
+// Columns of a result that are stored together.
+constexpr int64_t kColumnsAtOnce = kDotColumns * kWideLanes;
+
+// The sum of each of eight registers, in a quarter of the instructions that eight sums take one by one.
+[[gnu::always_inline]] inline __m256 sums_of_eight(const __m512* values) {
+  const auto added = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+  const auto added_pairs = [](__m512 first, __m512 second) {
+    const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  };
+  // Each quarter of these holds four sums over that quarter.
+  const __m512 four = added_pairs(added(values[0], values[1]), added(values[2], values[3]));
+  const __m512 others = added_pairs(added(values[4], values[5]), added(values[6], values[7]));
+  const __m512 halves = _mm512_add_ps(_mm512_shuffle_f32x4(four, others, 0x44), _mm512_shuffle_f32x4(four, others, 0xee));
+  const __m512 sums = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
+  return _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x08));
+}
+
+// result (R, C), its rows `apart` from each other: R rows of x by C rows of W, both of length k.
+template <typename Of, int R, int C>
+void dot_tile(const typename Of::Element* x, const typename Of::Element* weights, int64_t k, float* result, int64_t apart) {
+  // Registers of zeros fill up the last eight, so that every sum is taken in the same order, whatever R and C are.
+  constexpr int kSums = (R * C + kSumsAtOnce - 1) / kSumsAtOnce * kSumsAtOnce;
+  typename Of::Sums sums[R * C];
+  // Else they would be set, and copied, as memory.
+#pragma GCC unroll 32
+  for (auto& sum : sums) sum = Of::zeros();
+  for (int64_t i = 0; i < k; i += Of::kBlock) {
+    typename Of::Register columns[C];
+    for (int c = 0; c < C; ++c) {
+      columns[c] = Of::load_column(weights + c * k + i);
+      prefetch(weights + c * k + i);
+    }
+    for (int r = 0; r < R; ++r) {
+      const auto row = Of::load(x + r * k + i);
+      for (int c = 0; c < C; ++c) sums[r * C + c] = Of::multiply_add(row, columns[c], sums[r * C + c]);
+    }
+  }
+  float totals[kSums];
+#pragma GCC unroll 4
+  for (int first = 0; first < kSums; first += kSumsAtOnce) {
+    __m512 eight[kSumsAtOnce];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSumsAtOnce; ++i) {
+      eight[i] = first + i < R * C ? Of::as_floats(sums[first + i]) : _mm512_setzero_ps();
+    }
+    _mm256_storeu_ps(totals + first, sums_of_eight(eight));
+  }
+  for (int r = 0; r < R; ++r) std::copy_n(totals + r * C, C, result + r * apart);
+}
+
+// The same for `rows` rows of x.
+template <typename Of, int C>
+void dot_columns(const typename Of::Element* x, int64_t rows, const typename Of::Element* weights, int64_t k, float* result,
+                 int64_t apart) {
+  int64_t row = 0;
+  const auto tiles = [&](int count, auto tile) {
+    for (; row + count <= rows; row += count) tile(x + row * k, weights, k, result + row * apart, apart);
+  };
+  tiles(kDotRows, dot_tile<Of, kDotRows, C>);
+  tiles(4, dot_tile<Of, 4, C>);
+  tiles(2, dot_tile<Of, 2, C>);
+  tiles(1, dot_tile<Of, 1, C>);
+}
+
+// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k); `store` takes a row, the first of some columns that follow
+// one another, how many they are, and their values.
+template <typename Of, typename Store>
+void dot_multiply(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
+                  int64_t end, int64_t k, const Store& store) {
+  const std::unique_ptr<float[]> results(new float[rows * kColumnsAtOnce]);
+  for (int64_t first = begin; first < end; first += kColumnsAtOnce) {
+    const int64_t count = std::min(kColumnsAtOnce, end - first);
+    const auto* weights = weight + first * k;
+    int64_t c = 0;
+    for (; c + kDotColumns <= count; c += kDotColumns) {
+      dot_columns<Of, kDotColumns>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce);
+    }
+    for (; c < count; ++c) dot_columns<Of, 1>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce);
+    for (int64_t row = 0; row < rows; ++row) store(row, first, count, results.get() + row * kColumnsAtOnce);
+  }
+}
+
+}  // namespace t2app
