@@ -14,7 +14,7 @@ from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
 
-_ROWS = (1, 2, 3, 4, 8, 12, 16, 64, 128, 192)
+_ROWS = (1, 2, 3, 4, 8, 12, 16, 64, 128, 192, 256, 384)
 _STEPS = 10
 
 
@@ -22,27 +22,29 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     """One product with every layer of the model's blocks, so that weights come from memory as in a step.
 
     `few` and `dot` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that
-    lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own. What is best here
-    decides nothing by itself: the choices are in `kernels/linear.py` and `models.resolve_precision`, made on this.
+    lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those with `all`
+    all of them; `factors` does that too, by the weight in the basis. What is best here decides nothing by itself: the
+    choices are in `spectral.py`, `kernels/linear.py` and `models.resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.
     """
     if precision == "fp32":
         raise ValueError("the bench 'products' compares bf16 with fp32 by itself; leave --precision out")
-    layers = list(load_model(model_name, "bf16", layers=lambda path: True).adapted.layers.values())
+    layers = list(load_model(model_name, "bf16", many_rows=True, layers=lambda path: True).adapted.layers.values())
     ways = {"bf16": _bf16, "fp32": _fp32, "bf16_edit": _bf16_edit}
+    if layers[0].in_basis is not None:
+        ways["factors"] = _factors
     if any(isinstance(layer.base, FastLinear) for layer in layers):
         for kind in (FEW_KERNEL, DOT_KERNEL) if has_bfloat16_arithmetic() else (FEW_KERNEL,):
             ways |= {kind: partial(_kernel, kind), f"{kind}_edit": partial(_kernel_edit, kind)}
+            ways[f"{kind}_all"] = partial(_kernel_all, kind)
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
-        count = rows - rows // 2
-        deltas = [torch.randn(count, len(layer.vectors), generator=generator) / 20 for layer in layers]
-        edited_rows = slice(rows - count, rows)
+        deltas = [torch.randn(rows, len(layer.vectors), generator=generator) / 20 for layer in layers]
         for name, prepare in ways.items():
-            products = [prepare(layer, edited_rows, delta) for layer, delta in zip(layers, deltas, strict=True)]
+            products = [prepare(layer, delta) for layer, delta in zip(layers, deltas, strict=True)]
             step = partial(_all, products, inputs)
             step()
             values = [1e3 * seconds(step) for _ in range(_STEPS)]
@@ -55,23 +57,38 @@ def _all(products: list[Callable[[Tensor], Tensor]], inputs: list[Tensor]) -> No
         product(x)
 
 
-def _bf16(layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+def _bf16(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, layer.base.weight)
 
 
-def _fp32(layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+def _fp32(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x.float(), layer.base.weight.float())
 
 
-def _bf16_edit(layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+def _bf16_edit(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    rows, delta = _last_half(delta)
     if layer.edits_input:
         return lambda x: F.linear(edited(x, rows, layer.vectors, delta), layer.base.weight)
     return lambda x: edited(F.linear(x, layer.base.weight), rows, layer.vectors, delta)
 
 
-def _kernel(kind: str, layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
+def _factors(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer.by_factors(x, delta)
+
+
+def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     return layer.base.kernel(kind).forward
 
 
-def _kernel_edit(kind: str, layer: SpectralLinear, rows: slice, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return layer.base.kernel(kind, Edit(layer.packed, layer.edits_input, rows, delta)).forward
+def _kernel_edit(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return layer.base.kernel(kind, Edit(layer.packed, layer.edits_input, *_last_half(delta))).forward
+
+
+def _kernel_all(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    return layer.base.kernel(kind, Edit(layer.packed, layer.edits_input, slice(0, len(delta)), delta)).forward
+
+
+def _last_half(delta: Tensor) -> tuple[slice, Tensor]:
+    """The last half of the rows, of which one is edited at least, and their z − 1."""
+    first = len(delta) // 2
+    return slice(first, len(delta)), delta[first:]

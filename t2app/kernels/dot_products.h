@@ -20,7 +20,7 @@ struct OfBfloat16 {
   static Register load(const Element* row) { return (Register)_mm512_loadu_si512(row); }
   static Register load_column(const Element* column) { return load(column); }
   static Sums zeros() { return _mm512_setzero_ps(); }
-  static Sums multiply_add(Register row, Register column, Sums sums) { return _mm512_dpbf16_ps(sums, row, column); }
+  static void add(Sums& sums, Register row, Register column) { sums = _mm512_dpbf16_ps(sums, row, column); }
   static __m512 as_floats(Sums sums) { return sums; }
 };
 // The lengths of all rows of bfloat16 divide by it.

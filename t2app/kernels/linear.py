@@ -2,9 +2,9 @@
 
 Decoding multiplies one or two rows by every weight of the model. Our kernel does that in about half of torch's time,
 whatever the CPU; up to how many rows it is the faster one depends on it. A CPU with 16-bit arithmetic has another one
-for more rows, up to a short prompt's tokens; for a long prompt's torch is right. Where there is no such arithmetic,
-torch multiplies bfloat16 one row at a time, and such a product goes through a float32 copy of the weight that lives for
-one product. `bench products` measures all of these.
+for more rows, up to the tokens of a prompt; for more torch is right. Where there is no such arithmetic, torch
+multiplies bfloat16 one row at a time, and such a product goes through a float32 copy of the weight that lives for one
+product. `bench products` measures all of these.
 """
 
 from functools import cache
@@ -19,8 +19,8 @@ from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_byte_product
 # Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
 FEW_ROWS = 12
-FEW_ROWS_BESIDE_DOT = 2
-DOT_ROWS = 128
+FEW_ROWS_BESIDE_DOT = 1
+DOT_ROWS = 256
 # What rows divide by where bfloat16 is multiplied as it is, and singular vectors where bytes are.
 _DOT_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
 FEW_KERNEL, DOT_KERNEL = "few", "dot"

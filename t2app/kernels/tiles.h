@@ -2,7 +2,7 @@
 //
 //   Element: of a row, as it lies in memory.
 //   Register, Sums: kBlock elements together, and what their products are summed in.
-//   load, load_column: of a row of x, and of W, which is read once for several of x.
+//   load, load_column: of a row of x, and of W, which is read once for several of x; add: their products to the sums.
 
 #pragma once
 
@@ -54,7 +54,7 @@ void dot_tile(const typename Of::Element* x, const typename Of::Element* weights
     }
     for (int r = 0; r < R; ++r) {
       const auto row = Of::load(x + r * k + i);
-      for (int c = 0; c < C; ++c) sums[r * C + c] = Of::multiply_add(row, columns[c], sums[r * C + c]);
+      for (int c = 0; c < C; ++c) Of::add(sums[r * C + c], row, columns[c]);
     }
   }
   float totals[kSums];
