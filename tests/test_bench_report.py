@@ -16,7 +16,7 @@ from t2app.cli import main
 
 def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
     file = tmp_path / "new" / "BENCH.md"
-    for bench in ("decode", "products"):
+    for bench in ("decode", "profile"):
         main(["bench", bench, "--precision", "bf16", "--json", "--out", str(file)])
         printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines()]
@@ -28,7 +28,7 @@ def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
         ]
         assert {row["bench"] for row in printed} == {bench}
     text = file.read_text()
-    assert f"python -m t2app bench products --precision bf16 --json --out {file.name}" in text
+    assert f"python -m t2app bench profile --precision bf16 --json --out {file.name}" in text
     assert str(tmp_path) not in text
 
 

@@ -18,7 +18,7 @@ from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.bench.generate import LoraBeside, generate, generate_composed, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
-from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes
+from t2app.bench.step import even_mixture, random_context, step_seconds, stepper, weight_bytes
 from t2app.catalogue import FOUR_BIT
 from t2app.checkpoints import ModelError, gguf_of
 from t2app.decoding import collected, decode
@@ -65,8 +65,8 @@ def decode_figures(
     model: Model, model_name: str, mixture: Deltas, steps: int, tokens: int, rounds: int
 ) -> Iterator[Figure]:
     """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
-    base, both = stepper(model, [None], steps), stepper(model, [None, mixture], steps)
-    pairs = [(seconds(base), seconds(both)) for _ in range(steps)]
+    base, both = stepper(model, [None], 2 * steps), stepper(model, [None, mixture], 2 * steps)
+    pairs = [(step_seconds(base), step_seconds(both)) for _ in range(steps)]
     yield figure_of("decode", "base_step", [1e3 * first for first, _ in pairs], "ms")
     yield figure_of("decode", "both_step", [1e3 * second for _, second in pairs], "ms")
     yield figure_of("decode", "both_over_base", [second / first for first, second in pairs], "ratio")

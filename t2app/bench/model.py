@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.bench.memory import PeakMemory
-from t2app.bench.step import random_context, stepper
+from t2app.bench.step import random_context, step_seconds, stepper
 from t2app.checkpoints import cache_folder, checkpoint_of
 from t2app.decoding import decode
 from t2app.messages import Sampling
@@ -60,11 +60,11 @@ def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figur
     first_tokens = [seconds(partial(_first_tokens, model, mixture)) for _ in range(1 + _PROMPTS)]
     yield figure_of(bench, "first_token_seconds", first_tokens[1:], "s")
     ways = {"base": [None], "adapted": [mixture], "both": [None, mixture]}
-    steps = {name: stepper(model, mixtures, _STEPS) for name, mixtures in ways.items()}
+    steps = {name: stepper(model, mixtures, 2 * _STEPS) for name, mixtures in ways.items()}
     times = {name: [] for name in ways}
     for _ in range(_STEPS):
         for name, step in steps.items():
-            times[name].append(seconds(step))
+            times[name].append(step_seconds(step))
     for name, mixtures in ways.items():
         rates = [len(mixtures) / time for time in times[name]]
         yield figure_of(bench, f"{name}_tokens_per_second", rates, "tokens/s")

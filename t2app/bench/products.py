@@ -14,8 +14,8 @@ from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
 
-_ROWS = (1, 2, 3, 4, 8, 12, 16, 64, 128, 192, 256, 384)
-_STEPS = 10
+_ROWS = (1, 2, 3, 4, 8, 12, 16, 64, 96, 128, 256, 384)
+_STEPS = 5
 
 
 def bench_products(model_name: str, precision: str) -> Iterator[Figure]:

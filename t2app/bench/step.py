@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from t2app.bench.figure import seconds
 from t2app.decoding import decode
 from t2app.experts import mix
 from t2app.messages import Sampling
@@ -44,6 +45,15 @@ def stepper(model: Model, mixtures: Sequence[Deltas | None], steps: int) -> Call
     for _ in range(1 + _WARM_UP):
         next(stream)
     return partial(next, stream)
+
+
+def step_seconds(step: Callable[[], object]) -> float:
+    """Seconds of a step after one of the same rows, as steps of an answer are.
+
+    One step is made before it: it finds the caches, and the kernels that blocks keep, as other rows have left them.
+    """
+    step()
+    return seconds(step)
 
 
 @dataclass(frozen=True)
