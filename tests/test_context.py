@@ -2,21 +2,16 @@
 
 import pytest
 import torch
+from random_mixtures import random_deltas
 
 from t2app import context
 from t2app.context import _MOST_KEPT_MIXTURES, Beginnings
 from t2app.decoding import collected, decode
 from t2app.messages import Limits, Sampling
 from t2app.scheduler import Scheduler
-from t2app.spectral import Deltas
 
 GREEDY = Sampling(max_new_tokens=24)
 QUESTIONS = ("Compute 12 + 7. Reply with only the number.", "Why is the sky blue?")
-
-
-def random_deltas(adapted, seed: int) -> Deltas:
-    generator = torch.Generator().manual_seed(seed)
-    return {path: 0.1 * torch.randn(len(layer.vectors), generator=generator) for path, layer in adapted.layers.items()}
 
 
 def tokens_run(adapted, run) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_mixtures import random_deltas
 from torch import Tensor
 
 from t2app.decoding import TextStream, answer_log_probabilities, collected, decode
@@ -16,11 +17,6 @@ QUESTIONS = (
 )
 GREEDY = Sampling(max_new_tokens=40)
 SAMPLED = Sampling(max_new_tokens=24, temperature=0.8, top_p=0.9, seed=11)
-
-
-def random_deltas(adapted, seed: int) -> Deltas:
-    generator = torch.Generator().manual_seed(seed)
-    return {path: 0.1 * torch.randn(len(layer.vectors), generator=generator) for path, layer in adapted.layers.items()}
 
 
 @pytest.fixture(scope="module")

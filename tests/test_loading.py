@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_mixtures import random_deltas
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -28,11 +29,6 @@ from t2app.models import Model, load_model
 from t2app.spectral import Deltas, SpectralModel, basis_of, block_linear_paths, linear_layer
 from t2app.tasks.registry import task_named
 from t2app.weights import CheckpointWeights, WeightsError
-
-
-def random_deltas(adapted: SpectralModel, seed: int = 0) -> Deltas:
-    generator = torch.Generator().manual_seed(seed)
-    return {path: 0.1 * torch.randn(len(layer.vectors), generator=generator) for path, layer in adapted.layers.items()}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from random_mixtures import random_deltas
 from transformers import MistralConfig
 
 from t2app.decoding import Batch, collected, decode
@@ -44,11 +45,6 @@ SLIDING = MistralConfig(
     initializer_range=0.2,
 )
 PATIENCE = 300  # in seconds; nothing takes that long unless something is wrong
-
-
-def random_deltas(adapted, seed: int) -> Deltas:
-    generator = torch.Generator().manual_seed(seed)
-    return {path: 0.1 * torch.randn(len(layer.vectors), generator=generator) for path, layer in adapted.layers.items()}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from random_mixtures import deltas_of_ranks, random_deltas
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -50,12 +51,7 @@ class Subject:
         return torch.cat([prompt.logits, step.logits], dim=1)  # (rows, tokens, vocabulary)
 
     def random_deltas(self, seed: int) -> Deltas:
-        return random_deltas({path: len(layer.vectors) for path, layer in self.adapted.layers.items()}, seed)
-
-
-def random_deltas(ranks: dict[str, int], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {path: 0.1 * torch.randn(rank, generator=generator) for path, rank in ranks.items()}
+        return random_deltas(self.adapted, seed)
 
 
 def adapt(model: nn.Module, keep=lambda path: True) -> SpectralModel:
@@ -98,7 +94,7 @@ class Written:
 
 def write(model: nn.Module) -> Written:
     weights = {path: linear_layer(model, path).weight for path in block_linear_paths(model)}
-    written = Written(random_deltas({path: min(weight.shape) for path, weight in weights.items()}, seed=7), {}, {})
+    written = Written(deltas_of_ranks({path: min(weight.shape) for path, weight in weights.items()}, seed=7), {}, {})
     for path, weight in weights.items():
         u, singular_values, vh = torch.linalg.svd(weight, full_matrices=False)
         written.weights[path] = u * (singular_values * (1 + written.deltas[path])) @ vh
@@ -137,7 +133,7 @@ def test_batch_of_edited_rows_is_the_same_by_the_factors_of_the_weight(small_mod
     bases = {path: basis_of(linear_layer(model, path).weight) for path in block_linear_paths(model)}
     beside, by_factors = SpectralModel(deepcopy(model), bases), SpectralModel(deepcopy(model), bases, many_rows=True)
     ids = random_ids(model)
-    mixtures = [random_deltas({path: basis.rank for path, basis in bases.items()}, seed) for seed in range(3)]
+    mixtures = [deltas_of_ranks({path: basis.rank for path, basis in bases.items()}, seed) for seed in range(3)]
     products = []
     for adapted in (beside, by_factors):
         for layer in adapted.layers.values():

@@ -18,7 +18,7 @@ class DotRows : public Job {
  public:
   DotRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : Job(layer.vectors ? 3 : 1),
+      : Job(!layer.vectors ? 1 : layer.edits_input ? 2 : 3),
         layer_(layer),
         rows_(rows),
         n_(layer.out_features),
@@ -28,26 +28,23 @@ class DotRows : public Job {
         y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
     if (!layer.vectors) return;
     edit_.emplace(layer, tokens_of_row, threads);
-    side_.resize(rows * layer.narrow());
-    if (layer.edits_input) {
-      std::copy_n(x_, rows * k_, side_.begin());
-    } else {
-      product_.resize(rows * n_);
-    }
+    if (layer.edits_input) return;
+    product_.resize(rows * n_);
+    rounded_product_.resize(rows * n_);
   }
 
   const void* beginning(int phase) const override {
     if (edit_ && phase == (layer_.edits_input ? 0 : 1)) return edit_->beginning();
-    return phase == (edit_ && layer_.edits_input ? 2 : 0) ? weight_ + Share(n_).begin * k_ : nullptr;
+    return phase == (edit_ && layer_.edits_input ? 1 : 0) ? weight_ + Share(n_).begin * k_ : nullptr;
   }
 
   void run(int phase) override {
     if (!edit_) {
       multiply_to_result(x_);
     } else if (layer_.edits_input) {
-      phase == 0 ? edit_->compute(side_.data()) : phase == 1 ? edit_input() : multiply_to_result(side_.data());
+      phase == 0 ? edit_->compute(x_) : multiply_edited_input();
     } else {
-      phase == 0 ? multiply_to_product() : phase == 1 ? edit_->compute(side_.data()) : store_edited_output();
+      phase == 0 ? multiply_to_product() : phase == 1 ? edit_->compute(rounded_product_.data()) : store_edited_output();
     }
   }
 
@@ -63,15 +60,16 @@ class DotRows : public Job {
                  });
   }
 
-  void edit_input() {
-    const Share blocks(k_ / kBlock);
-    const int64_t begin = blocks.begin * kBlock, count = blocks.end * kBlock - begin;
+  void multiply_edited_input() const {
+    // Each thread has its own copy of x, so that none waits for another's.
+    std::vector<uint16_t> own(x_, x_ + rows_ * k_);
     for (int64_t row = edit_->edited.first; row < edit_->edited.first + edit_->edited.count; ++row) {
-      uint16_t* side = side_.data() + row * k_ + begin;
-      store_rounded(side, count, [&](int64_t i, __mmask16 there) {
-        return load_some(side + i, there) + edit_->change(row, begin + i);
+      uint16_t* side = own.data() + row * k_;
+      store_rounded(side, k_, [&](int64_t i, __mmask16 there) {
+        return load_some(side + i, there) + edit_->change(row, i);
       });
     }
+    multiply_to_result(own.data());
   }
 
   void multiply_to_product() {
@@ -79,7 +77,7 @@ class DotRows : public Job {
     dot_multiply<OfBfloat16>(x_, rows_, weight_, share.begin, share.end, k_,
                  [&](int64_t row, int64_t first, int64_t columns, const float* values) {
                    std::copy_n(values, columns, product_.begin() + row * n_ + first);
-                   store_rounded(side_.data() + row * n_ + first, columns,
+                   store_rounded(rounded_product_.data() + row * n_ + first, columns,
                                  [&](int64_t i, __mmask16 there) { return load_some(values + i, there); });
                  });
   }
@@ -100,8 +98,8 @@ class DotRows : public Job {
   const int64_t rows_, n_, k_;
   const uint16_t *x_, *weight_;
   uint16_t* y_;
-  std::vector<uint16_t> side_;
   std::vector<float> product_;
+  std::vector<uint16_t> rounded_product_;
   std::optional<Edit> edit_;
 };
 
