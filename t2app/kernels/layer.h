@@ -15,7 +15,7 @@ constexpr bool kMultipliesBfloat16 = true;
 constexpr bool kMultipliesBfloat16 = false;
 #endif
 
-// What the length of a singular vector divides by (`EDIT_WIDTH` in build.py): the bytes that are multiplied together.
+// What the length of a singular vector divides by (`_BYTES_WIDTH` in linear.py): the bytes that are multiplied together.
 #ifdef __AVX512VNNI__
 constexpr int64_t kEditBlock = 64;
 #else
