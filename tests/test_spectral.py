@@ -224,7 +224,7 @@ def assert_detach_gives_back(model: nn.Module, paths: list[str]) -> None:
     with torch.no_grad():
         logits = model(ids).logits
         adapted = SpectralModel(model, {path: basis_of(linear_layer(model, path).weight) for path in paths})
-        deltas = random_deltas({path: min(modules[path].weight.shape) for path in paths}, 0)
+        deltas = deltas_of_ranks({path: min(modules[path].weight.shape) for path in paths}, 0)
         with adapted.rows([deltas] * 3):
             assert not torch.equal(model(ids).logits, logits)
         assert adapted.detach() is model
@@ -339,7 +339,7 @@ def test_gradient_of_z_is_that_of_the_written_weights_and_no_weight_gets_one(sma
 
 def test_gradient_reaches_every_z_of_the_real_model_and_no_weight(real):
     ranks = {path: len(layer.vectors) for path, layer in real.adapted.layers.items()}
-    deltas = {path: delta.requires_grad_() for path, delta in random_deltas(ranks, 0).items()}
+    deltas = {path: delta.requires_grad_() for path, delta in deltas_of_ranks(ranks, 0).items()}
     with real.adapted.rows([None, deltas, None]):
         logits = real.adapted.model(random_ids(real.adapted.model)).logits
     logits.log_softmax(-1)[..., 5].sum().backward()
