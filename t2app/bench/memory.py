@@ -8,13 +8,13 @@ import torch
 _PROBE_SECONDS = 0.002
 
 
-def memory_in_use(process: int | None = None) -> int:
+def memory_in_use(process: psutil.Process | None = None) -> int:
     """Bytes of memory that a process, by default this one, has now and that cannot be taken from it.
 
     Pages of mapped files are not among them: all that was read of a checkpoint stays until somebody else needs the
     memory.
     """
-    memory = psutil.Process(process).memory_info()
+    memory = (process or psutil.Process()).memory_info()
     return memory.rss - memory.shared
 
 
@@ -27,7 +27,7 @@ class PeakMemory:
     """
 
     def __init__(self, process: int | None = None):
-        self._process = process
+        self._process = psutil.Process(process)
 
     def __enter__(self) -> "PeakMemory":
         if torch.cuda.is_available():

@@ -52,12 +52,12 @@ class DotRows : public Job {
   void multiply_to_result(const uint16_t* x) const {
     const Share share(n_);
     dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_,
-                 [&](int64_t row, int64_t first, int64_t columns, const float* values) {
-                   const float* bias = layer_.bias.data() + first;
-                   store_rounded(y_ + row * n_ + first, columns, [&](int64_t i, __mmask16 there) {
-                     return load_some(values + i, there) + load_some(bias + i, there);
-                   });
-                 });
+                             [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+                               const float* bias = layer_.bias.data() + first;
+                               store_rounded(y_ + row * n_ + first, columns, [&](int64_t i, __mmask16 there) {
+                                 return load_some(values + i, there) + load_some(bias + i, there);
+                               });
+                             });
   }
 
   void multiply_edited_input() const {
@@ -75,11 +75,11 @@ class DotRows : public Job {
   void multiply_to_product() {
     const Share share(n_);
     dot_multiply<OfBfloat16>(x_, rows_, weight_, share.begin, share.end, k_,
-                 [&](int64_t row, int64_t first, int64_t columns, const float* values) {
-                   std::copy_n(values, columns, product_.begin() + row * n_ + first);
-                   store_rounded(rounded_product_.data() + row * n_ + first, columns,
-                                 [&](int64_t i, __mmask16 there) { return load_some(values + i, there); });
-                 });
+                             [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+                               std::copy_n(values, columns, product_.begin() + row * n_ + first);
+                               store_rounded(rounded_product_.data() + row * n_ + first, columns,
+                                             [&](int64_t i, __mmask16 there) { return load_some(values + i, there); });
+                             });
   }
 
   void store_edited_output() const {

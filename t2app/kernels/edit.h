@@ -5,6 +5,10 @@
 
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
 #ifdef __AVX512VNNI__
 #include "byte_products.h"
 #endif
@@ -25,7 +29,7 @@ class Edit {
         changes_(threads) {}
 
   // Where this thread's share of V begins.
-  const void* beginning() const { return vectors_ + first_of(share()) * narrow_; }
+  const void* beginning() const { return vectors_ + share().begin * narrow_; }
 
   // This thread's part of the change, from all rows' narrow side: float32, or bfloat16 as it comes.
   template <typename Value>
@@ -56,9 +60,13 @@ class Edit {
   const EditedTokens edited;
 
  private:
-  Share share() const { return Share(rank_ / kBlock); }
-  static int64_t first_of(const Share& share) { return share.begin * kBlock; }
-  static int64_t end_of(const Share& share) { return share.end * kBlock; }
+  // This thread's share of the singular vectors, in whole blocks.
+  Share share() const {
+    Share share(rank_ / kBlock);
+    share.begin *= kBlock;
+    share.end *= kBlock;
+    return share;
+  }
 
   // This thread's change, nothing so far.
   float* own_change() {
@@ -90,10 +98,11 @@ void Edit::compute(const Value* side) {
       rows.set(r, row.data());
     }
   }
-  const int64_t at_once = std::max(kVectorBytesAtOnce / narrow_ / kBlock, int64_t{1}) * kBlock, end = end_of(share());
+  const int64_t at_once = std::max(kVectorBytesAtOnce / narrow_ / kBlock, int64_t{1}) * kBlock;
+  const Share share = this->share();
   float* change = own_change();
-  for (int64_t begin = first_of(share()); begin < end; begin += at_once) {
-    const int64_t count = std::min(at_once, end - begin);
+  for (int64_t begin = share.begin; begin < share.end; begin += at_once) {
+    const int64_t count = std::min(at_once, share.end - begin);
     AlignedFloats weights(edited.count * count);
     dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_,
                           [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
@@ -137,8 +146,9 @@ inline void add_contributions(const int8_t* vectors, const float* factors, const
 
 template <>
 inline void Edit::compute(const float* side) {
+  const Share share = this->share();
   float* change = own_change();
-  for (int64_t v = first_of(share()); v < end_of(share()); v += kVectorsAtOnce) {
+  for (int64_t v = share.begin; v < share.end; v += kVectorsAtOnce) {
     for (int64_t r = 0; r < edited.count; ++r) {
       add_contributions(vectors_ + v * narrow_, edited.factors_of(r) + v, side + (edited.first + r) * narrow_, narrow_,
                         change + r * narrow_);
