@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from random_mixtures import random_deltas
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -54,7 +55,16 @@ def nbytes(layer: nn.Linear) -> int:
 
 def test_gguf_file_is_converted_once_and_found_by_its_content(gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
+    readings = []
+
+    class CountedReader(GGUFReader):
+        def __init__(self, file: Path):
+            readings.append(file)
+            super().__init__(file)
+
+    monkeypatch.setattr("gguf.GGUFReader", CountedReader)
     model = load_model(str(gguf), "fp32", layers=lambda path: True)
+    assert len(readings) == 1
     assert (model.name, len(model.adapted.layers)) == ("tiny-llama", 2 * 7)
     moved = tmp_path / "elsewhere" / gguf.name
     moved.parent.mkdir()
