@@ -227,6 +227,24 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
         kept.unlink(missing_ok=True)
 
 
+def test_search_does_not_take_the_place_of_a_mixture_that_somebody_else_kept(page):
+    name = "kept-before-a-page-test"
+    kept = mixture_file(DEFAULT_MODEL, name)
+    kept.parent.mkdir(exist_ok=True)
+    try:
+        kept.write_text("somebody else's")
+        page.get_by_role("tab", name="Search a mixture").click()
+        page.locator("#fill").click()
+        expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
+        page.locator("#name textarea, #name input").first.fill(name)
+        page.locator("#search").click()
+        expect(page.locator("#search-status")).to_contain_text(f"There is a mixture '{name}' already")
+        expect(page.locator("#search")).to_be_enabled()
+        assert kept.read_text() == "somebody else's"
+    finally:
+        kept.unlink()
+
+
 def test_search_without_examples_gets_a_sentence(page):
     page.get_by_role("tab", name="Search a mixture").click()
     page.locator("#search").click()

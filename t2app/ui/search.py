@@ -1,6 +1,8 @@
 """The tab that searches a mixture for a new task: solved examples in, rounds to watch, a kept mixture out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -8,7 +10,7 @@ import gradio as gr
 from t2app.figures import search_trace
 from t2app.loading import EngineLoader
 from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Searched, SearchSettings, Waiting, few_shot
-from t2app.mixtures import check_name, mixture_file, write_mixture
+from t2app.mixtures import MixtureError, check_name, mixture_file, write_mixture
 from t2app.tasks.arithmetic import Arithmetic
 from t2app.tasks.puzzles import PUZZLES
 from t2app.tasks.reasoning import ReasoningBasics
@@ -27,6 +29,24 @@ _SCORE_TITLES = {
     EXACT: "Exact: answers are decoded and checked, as in the paper",
     LIKELIHOOD: "Likelihood of the expected answers: quicker, nothing is decoded",
 }
+
+
+@dataclass
+class _Sessions:
+    """What the tab remembers of those who have it open.
+
+    Attributes:
+        stopping: whose search shall end after its round.
+        kept: who kept each of the mixtures that were found since the app was started.
+    """
+
+    stopping: set[str] = field(default_factory=set)
+    kept: dict[Path, str] = field(default_factory=dict)
+
+    def check_free(self, file: Path, session: str) -> None:
+        """Raises MixtureError where a mixture is kept there that somebody else found, or the same person earlier."""
+        if file.exists() and self.kept.get(file) != session:
+            raise MixtureError(f"There is a mixture '{file.stem}' already; keep yours by another name.")
 
 
 def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
@@ -65,14 +85,14 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
     status = gr.Markdown("", elem_id="search-status")
     trace = gr.Plot(search_trace(()), label="The search", elem_id="trace")
 
-    # The sessions whose search shall end after its round. Handlers that ask who calls cannot be `partial`s.
-    stopping: set[str] = set()
+    sessions = _Sessions()
 
+    # Handlers that ask who calls cannot be `partial`s.
     def run(rows, name, rounds, seed, score, per_layer, request: gr.Request) -> Iterator[list]:
-        yield from _search(loader, stopping, request.session_hash, rows, name, rounds, seed, score, per_layer)
+        yield from _search(loader, sessions, request.session_hash, rows, name, rounds, seed, score, per_layer)
 
     def stop_after_this_round(request: gr.Request) -> tuple[dict, str]:
-        stopping.add(request.session_hash)
+        sessions.stopping.add(request.session_hash)
         return gr.update(interactive=False), "Stopping after this round…"
 
     fill.click(_examples, inputs=task, outputs=[shots, status], api_visibility="private")
@@ -102,7 +122,7 @@ def _examples(task: str) -> tuple[list[list[str]], str]:
 
 def _search(
     loader: EngineLoader,
-    stopping: set[str],
+    sessions: _Sessions,
     session: str,
     rows: Sequence[Sequence[str]],
     name: str,
@@ -120,16 +140,16 @@ def _search(
         if len(pairs) > _MOST_SHOTS:
             raise ValueError(f"There are {len(pairs)} examples; this page takes at most {_MOST_SHOTS}.")
         yield _update(running=True, status="Trying the first mixtures…")
-        yield from _rounds(loader.engine(), stopping, pairs, name, settings, session)
+        yield from _rounds(loader.engine(), sessions, pairs, name, settings, session)
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
         yield _update(running=False, status=failure(error, "a search"))
     finally:
-        stopping.discard(session)
+        sessions.stopping.discard(session)
 
 
 def _rounds(
     engine: "Engine",
-    stopping: set[str],
+    sessions: _Sessions,
     pairs: Sequence[tuple[str, str]],
     name: str,
     settings: SearchSettings,
@@ -138,6 +158,8 @@ def _rounds(
     """The rounds as they end; then what was found is kept and chosen."""
     from t2app.search import MixtureSearch
 
+    file = mixture_file(engine.model.name, name)
+    sessions.check_free(file, session)
     task = Shots(name, pairs)
     search = MixtureSearch(engine.model, task, task.examples("train"), settings)
     seen: list[Searched] = []
@@ -149,15 +171,16 @@ def _rounds(
         if isinstance(event, Searched):
             seen.append(event)
             told = _describe(event, len(pairs))
-            if session in stopping:
+            if session in sessions.stopping:
                 search.stop()
-            last = session in stopping or event.round == settings.rounds
+            last = session in sessions.stopping or event.round == settings.rounds
             soon = "\n\nTrying the best again…" if last and settings.score == EXACT else ""
         else:
             told += f"\n\n{_describe_reevaluation(event)}"
             soon = ""
         yield _update(status=told + soon, trace=search_trace(seen))
-    write_mixture(search.found(name), mixture_file(engine.model.name, name))
+    write_mixture(search.found(name), file)
+    sessions.kept[file] = session
     chosen = gr.update(choices=dispatch_choices(engine.model.name), value=few_shot(name))
     kept = f"{told}\n\nKept as **{name}**: the next answers are mixed by it."
     yield _update(running=False, status=kept, dispatch=chosen)
