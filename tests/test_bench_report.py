@@ -16,8 +16,8 @@ from t2app.cli import main
 
 def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
     file = tmp_path / "new" / "BENCH.md"
-    for bench in ("decode", "profile"):
-        main(["bench", bench, "--precision", "bf16", "--json", "--out", str(file)])
+    for precision in ("fp32", "bf16"):
+        main(["bench", "first-token", "--precision", precision, "--json", "--out", str(file)])
         printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines()]
         rows = [row for row in written if len(row) == 7][2:]
@@ -26,9 +26,9 @@ def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
             [row["bench"], row["figure"], *(f"{row[key]:.4g}" for key in numbers), str(row["n"]), row["unit"]]
             for row in printed
         ]
-        assert {row["bench"] for row in printed} == {bench}
+        assert {row["bench"] for row in printed} == {"first-token"}
     text = file.read_text()
-    assert f"python -m t2app bench profile --precision bf16 --json --out {file.name}" in text
+    assert f"python -m t2app bench first-token --precision bf16 --json --out {file.name}" in text
     assert str(tmp_path) not in text
 
 
