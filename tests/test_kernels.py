@@ -188,11 +188,10 @@ def adapted(model: PreTrainedModel) -> SpectralModel:
 
 
 def mixtures_of(model: SpectralModel) -> list[dict[str, torch.Tensor] | None]:
-    """Two mixtures, stronger than experts are; what an edit rounds off grows with it, however many threads share it."""
     generator = torch.Generator().manual_seed(0)
     return [
         {path: strength * torch.randn(len(layer.vectors), generator=generator) for path, layer in model.layers.items()}
-        for strength in (0.1, 0.2)
+        for strength in (0.2, 0.4)
     ]
 
 

@@ -200,15 +200,20 @@ def test_first_pass_shows_why_and_where_the_model_is_changed(page):
     assert len(heat["y"]) == 7 and heat["x"] == list(range(30))
 
 
+def search_by_name(page: Page, name: str) -> None:
+    """Start a search on the first task's examples."""
+    page.get_by_role("tab", name="Search a mixture").click()
+    page.locator("#fill").click()
+    expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
+    page.locator("#name textarea, #name input").first.fill(name)
+    page.locator("#search").click()
+
+
 def test_search_is_watched_kept_and_then_decides_the_answers(page):
     name = "made-by-a-page-test"
     kept = mixture_file(DEFAULT_MODEL, name)
     try:
-        page.get_by_role("tab", name="Search a mixture").click()
-        page.locator("#fill").click()
-        expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
-        page.locator("#name textarea, #name input").first.fill(name)
-        page.locator("#search").click()
+        search_by_name(page, name)
         expect(page.locator("#search-status")).to_contain_text("Round 1", timeout=PATIENCE_MS)
         page.locator("#search-stop").click()
         status = page.locator("#search-status")
@@ -233,11 +238,7 @@ def test_search_does_not_take_the_place_of_a_mixture_that_somebody_else_kept(pag
     kept.parent.mkdir(exist_ok=True)
     try:
         kept.write_text("somebody else's")
-        page.get_by_role("tab", name="Search a mixture").click()
-        page.locator("#fill").click()
-        expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
-        page.locator("#name textarea, #name input").first.fill(name)
-        page.locator("#search").click()
+        search_by_name(page, name)
         expect(page.locator("#search-status")).to_contain_text(f"There is a mixture '{name}' already")
         expect(page.locator("#search")).to_be_enabled()
         assert kept.read_text() == "somebody else's"
