@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ def kernel():
     use_kernels(model, cache_folder() / "kernels")
     if not isinstance(model[0], FastLinear):
         pytest.skip("this CPU has no AVX2, or there is no compiler")
+
+
+@pytest.fixture
+def threads(request) -> Iterator[int]:
+    """So many threads for the time of a test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -218,8 +228,9 @@ def block_kernels(model: SpectralModel) -> list[object]:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("edited_rows", [[], [1], [1, 2], [2, 3, 4, 5]], ids=str)
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @torch.inference_mode()
-def test_block_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows):
+def test_block_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows, threads):
     plain = block_model(kind)
     fast = copy.deepcopy(plain).bfloat16()
     torchs = adapted(copy.deepcopy(fast))

@@ -98,8 +98,9 @@ void Edit::compute(const Value* side) {
       rows.set(r, row.data());
     }
   }
-  const int64_t at_once = std::max(kVectorBytesAtOnce / narrow_ / kBlock, int64_t{1}) * kBlock;
   const Share share = this->share();
+  // Their coefficients share a scale: with half the vectors at most, one thread rounds an edit as two threads do.
+  const int64_t at_once = std::max(std::min(kVectorBytesAtOnce / narrow_, rank_ / 2) / kBlock, int64_t{1}) * kBlock;
   float* change = own_change();
   for (int64_t begin = share.begin; begin < share.end; begin += at_once) {
     const int64_t count = std::min(at_once, share.end - begin);
