@@ -171,8 +171,8 @@ def test_attention_of_a_prompt_and_one_that_needs_a_gradient_are_torchs():
     assert last.grad.abs().sum() > 0
 
 
-def block_model(kind: str, **changes) -> PreTrainedModel:
-    """A small random model of blocks that the kernels know, in float32, with norms and biases that are not trivial."""
+def decoder_model(kind: str, **changes) -> PreTrainedModel:
+    """A small random model that the kernels know, in float32, with norms and biases that are not trivial."""
     settings = {
         "vocab_size": 50,
         "hidden_size": 192,
@@ -222,16 +222,16 @@ def steps_logits(model: SpectralModel, rows: list, steps: int = 5) -> torch.Tens
     return torch.stack(logits)
 
 
-def block_kernels(model: SpectralModel) -> list[object]:
-    return [block.forward._kernel for block in model.model.model.layers]
+def decoder_kernel(model: SpectralModel) -> object | None:
+    return model.model.model.forward._kernel
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("edited_rows", [[], [1], [1, 2], [2, 3, 4, 5]], ids=str)
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @torch.inference_mode()
-def test_block_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows, threads):
-    plain = block_model(kind)
+def test_decoder_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows, threads):
+    plain = decoder_model(kind)
     fast = copy.deepcopy(plain).bfloat16()
     torchs = adapted(copy.deepcopy(fast))
     exact = adapted(copy.deepcopy(fast).double())
@@ -243,13 +243,13 @@ def test_block_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows, th
         rows[row] = second if row % 2 else first
     expected = steps_logits(exact, rows)
     found = steps_logits(fast, rows)
-    assert all(kernel is not None for kernel in block_kernels(fast))
+    assert decoder_kernel(fast) is not None
     assert relative_error(found, expected) < max(2 * relative_error(steps_logits(torchs, rows), expected), 2**-8)
 
 
 @torch.inference_mode()
-def test_block_follows_the_plan_that_is_in_use():
-    model = block_model("llama").bfloat16()
+def test_decoder_follows_the_plan_that_is_in_use():
+    model = decoder_model("llama").bfloat16()
     use_kernels(model, cache_folder() / "kernels")
     model = adapted(model)
     first, second = mixtures_of(model)
@@ -266,8 +266,8 @@ def test_block_follows_the_plan_that_is_in_use():
 
 
 @torch.inference_mode()
-def test_block_sees_that_a_layer_was_replaced():
-    model = block_model("llama").bfloat16()
+def test_decoder_sees_that_a_layer_was_replaced():
+    model = decoder_model("llama").bfloat16()
     use_kernels(model, cache_folder() / "kernels")
     model = SpectralModel(model, {})
     before = steps_logits(model, [None])
@@ -277,13 +277,27 @@ def test_block_sees_that_a_layer_was_replaced():
     model.model.set_submodule(path, replaced)
     found = steps_logits(model, [None])
     assert not torch.equal(found, before)
-    expected = block_model("llama").bfloat16()
+    expected = decoder_model("llama").bfloat16()
     expected.get_submodule(path).weight.mul_(2)
     assert relative_error(found, steps_logits(SpectralModel(expected, {}), [None])) < 2**-5
 
 
-def test_block_that_needs_a_gradient_is_transformers_own():
-    model = block_model("llama").bfloat16()
+@torch.inference_mode()
+def test_decoder_goes_on_from_embeddings_as_from_tokens():
+    model = decoder_model("llama").bfloat16()
+    use_kernels(model, cache_folder() / "kernels")
+    token, outputs = torch.tensor([[7]]), []
+    for last in ({"input_ids": token}, {"inputs_embeds": model.model.embed_tokens(token)}):
+        cache = GrowingCache(model.config)
+        model(torch.tensor([[3, 1, 4]]), cache=cache, use_cache=True)
+        outputs.append(model(**last, cache=cache, use_cache=True).logits)
+    assert torch.equal(*outputs)
+    whole = model(torch.tensor([[3, 1, 4, 7]])).logits[:, -1:]
+    assert relative_error(outputs[0], whole) < 2**-5
+
+
+def test_decoder_that_needs_a_gradient_is_transformers_own():
+    model = decoder_model("llama").bfloat16()
     use_kernels(model, cache_folder() / "kernels")
     model = adapted(model)
     z, cache = model.trainable(), GrowingCache(model.model.config)
@@ -303,15 +317,15 @@ def test_block_that_needs_a_gradient_is_transformers_own():
     ],
     ids=["other activation", "narrow heads", "other block"],
 )
-def test_blocks_of_another_kind_stay_transformers_own(kind, changes):
-    model = block_model(kind, **changes).bfloat16()
+def test_decoders_of_another_kind_stay_transformers_own(kind, changes):
+    model = decoder_model(kind, **changes).bfloat16()
     use_kernels(model, cache_folder() / "kernels")
-    assert all("forward" not in vars(block) for block in model.model.layers)
+    assert "forward" not in vars(model.model)
 
 
 @torch.inference_mode()
 def test_sliding_window_is_attended_to_as_transformers_does():
-    plain = block_model("mistral", sliding_window=4).bfloat16()
+    plain = decoder_model("mistral", sliding_window=4).bfloat16()
     fast = copy.deepcopy(plain)
     use_kernels(fast, cache_folder() / "kernels")
     found, expected = (steps_logits(adapted(model), [None, None, None]) for model in (fast, plain))

@@ -1,7 +1,7 @@
 """Decoding in bfloat16 on a CPU by kernels of our own, compiled on first use; without them torch does the same, slower.
 
-`linear.py`, `attention.py` and `block.py` stand for torch's linear layers, transformers' attention and its decoder
-blocks, and call the kernels where those are the faster ones.
+`linear.py`, `attention.py` and `decoder.py` stand for torch's linear layers, transformers' attention and its decoders,
+and call the kernels where those are the faster ones.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from t2app.kernels.attention import use_fast_attention
-from t2app.kernels.block import use_fast_blocks
 from t2app.kernels.build import has_bfloat16_arithmetic, load_kernels
+from t2app.kernels.decoder import use_fast_decoders
 from t2app.kernels.linear import Edit, FastLinear, needs_gradient, pack_vectors, use_fast_linears
 
 __all__ = [
@@ -36,4 +36,4 @@ def use_kernels(model: nn.Module, folder: Path) -> None:
         return
     use_fast_linears(model)
     use_fast_attention(model)
-    use_fast_blocks(model)
+    use_fast_decoders(model)

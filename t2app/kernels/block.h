@@ -1,7 +1,4 @@
-// A decoder block of Llama's kind in one call, for one new token a row: its layers are those that a plan uses.
-//
-// Of a step of a 135M model Python and the calls of small operations take a third of the time where each of them is a
-// call of its own (`bench profile`).
+// A decoder block of Llama's kind for one new token a row: its layers are those that a plan uses.
 
 #pragma once
 
@@ -57,7 +54,8 @@ inline void rotate(const uint16_t* head, const uint16_t* cos, const uint16_t* si
   }
 }
 
-struct Block : torch::CustomClassHolder {
+class Block {
+ public:
   // layers: query, key, value, output, gate, up and down; norms: before attention and before the MLP, bfloat16.
   Block(std::vector<c10::intrusive_ptr<Layer>> layers, std::vector<at::Tensor> norms, double epsilon, int64_t head_size,
         double scale)

@@ -3,14 +3,14 @@
 #include <torch/library.h>
 
 #include "attention.h"
-#include "block.h"
+#include "decoder.h"
 #include "layer.h"
 #include "linear.h"
 
 TORCH_LIBRARY(t2app, library) {
   library.def("one_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
 
-  using t2app::Block;
+  using t2app::Decoder;
   using t2app::Layer;
   using Optional = std::optional<at::Tensor>;
   library.class_<Layer>("Layer")
@@ -18,9 +18,9 @@ TORCH_LIBRARY(t2app, library) {
       .def("forward", [](const c10::intrusive_ptr<Layer>& self, const at::Tensor& x) {
         return t2app::linear({self.get()}, x)[0];
       });
-  library.class_<Block>("Block")
+  library.class_<Decoder>("Decoder")
       .def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, std::vector<at::Tensor>, double, int64_t, double>())
-      .def("forward", &Block::forward);
+      .def("forward", &Decoder::forward);
 }
 
 TORCH_LIBRARY_IMPL(t2app, CPU, library) {

@@ -71,6 +71,8 @@ class Edit(NamedTuple):
 class FastLinear(nn.Linear):
     """A linear layer that multiplies by the kernels; it shares its weight and bias with the layer it stands for."""
 
+    rows = None  # what a plan does to it, which only a `SpectralLinear` has
+
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias

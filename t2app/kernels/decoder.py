@@ -1,0 +1,121 @@
+"""All blocks of a decoder of Llama's kind in one call where each row has one new token, on a CPU in bfloat16."""
+
+from operator import is_not
+
+import torch
+from torch import ScriptObject, Tensor, nn
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from t2app.kernels.attention import attends_fast
+from t2app.kernels.build import WIDTH
+from t2app.kernels.linear import FastLinear
+from t2app.key_values import GrowingLayer
+
+# transformers writes these out separately and alike: embedding, blocks, norm; of a block norm, attention with rotated
+# queries and keys, sum, norm, gated MLP, sum. `tests/test_kernels.py` holds one of each against transformers' own.
+_LIKE_LLAMA = ("LlamaModel", "MistralModel", "Qwen2Model")
+_ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
+
+
+def use_fast_decoders(model: nn.Module) -> None:
+    """Let a decoder whose layers and attention are fast ones run by `FastDecoder` where that can be."""
+    for decoder in model.modules():
+        if type(decoder).__name__ in _LIKE_LLAMA and _fits(decoder):
+            decoder.forward = FastDecoder(decoder)
+
+
+def _fits(decoder: nn.Module) -> bool:
+    return (
+        all(isinstance(modules[name], FastLinear) for modules, name in _places(decoder))
+        and all(norm.weight.dtype == torch.bfloat16 and norm.weight.numel() % WIDTH == 0 for norm in _norms(decoder))
+        and all(attends_fast(block.self_attn) for block in decoder.layers)
+        and decoder.layers[0].self_attn.head_dim % (2 * WIDTH) == 0
+        and decoder.config.hidden_act == "silu"
+        and not any(hasattr(module, "_hf_hook") for module in decoder.modules())
+    )
+
+
+def _places(decoder: nn.Module) -> list[tuple[dict[str, nn.Module], str]]:
+    """Where the linear layers are, seven a block: adapting a model, or a LoRA, puts other layers there."""
+    return [
+        (part._modules, name)
+        for block in decoder.layers
+        for part, names in ((block.self_attn, _ATTENTION_LAYERS), (block.mlp, _MLP_LAYERS))
+        for name in names
+    ]
+
+
+def _norms(decoder: nn.Module) -> list[nn.Module]:
+    """Two a block, and the one after the last."""
+    of_blocks = [norm for block in decoder.layers for norm in (block.input_layernorm, block.post_attention_layernorm)]
+    return [*of_blocks, decoder.norm]
+
+
+class FastDecoder:
+    """A decoder's `forward`: the kernel for one token a row without a gradient, and transformers' own else."""
+
+    def __init__(self, decoder: nn.Module):
+        self._decoder, self._own = decoder, decoder.forward
+        self._places = _places(decoder)
+        norms, attention = _norms(decoder), decoder.layers[0].self_attn
+        self._weights_of_norms = [norm.weight for norm in norms]
+        self._settings = (norms[0].variance_epsilon, attention.head_dim, attention.scaling)
+        self._count, self._used = 0, []
+        self._kernel: ScriptObject | None = None
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **others,
+    ) -> BaseModelOutputWithPast:
+        new = inputs_embeds if input_ids is None else input_ids  # (rows, tokens) or (rows, tokens, hidden)
+        plain = use_cache and not others and (attention_mask is None or attention_mask.dim() == 2)
+        if plain and new.shape[1] == 1 and not torch.is_grad_enabled() and _has_seen(cache):
+            kernel = self._kernel_for(len(new))
+            if kernel is not None:
+                x = self._decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+                if position_ids is None:
+                    position_ids = torch.tensor([[cache.get_seq_length()]])
+                cos, sin = self._decoder.rotary_emb(x, position_ids)
+                mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+                keys, values = zip(*(layer.extend(1) for layer in cache.layers), strict=True)
+                return BaseModelOutputWithPast(kernel.forward(x, cos, sin, keys, values, mask), cache)
+        return self._own(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **others,
+        )
+
+    def _kernel_for(self, count: int) -> ScriptObject | None:
+        """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
+        layers = [modules[name] for modules, name in self._places]
+        used = [*layers, *(getattr(layer, "rows", None) for layer in layers)]
+        # By identity: the plans of two layers cannot be compared.
+        if count != self._count or any(map(is_not, used, self._used)):
+            self._count, self._used, self._kernel = count, used, self._made(layers, count)
+        return self._kernel
+
+    def _made(self, layers: list[nn.Module], count: int) -> ScriptObject | None:
+        if not all(hasattr(layer, "kernel_of_plan") for layer in layers):
+            return None
+        kernels = [layer.kernel_of_plan(count) for layer in layers]
+        if any(kernel is None for kernel in kernels):
+            return None
+        return torch.classes.t2app.Decoder(kernels, self._weights_of_norms, *self._settings)
+
+
+def _has_seen(cache: Cache | None) -> bool:
+    """Whether there are tokens to go on from, with room for more in every block."""
+    layers = () if cache is None else cache.layers
+    return bool(layers) and all(isinstance(layer, GrowingLayer) and layer.is_initialized for layer in layers)
