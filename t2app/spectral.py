@@ -22,13 +22,14 @@ from accelerate.utils import align_module_device
 from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels import Edit, FastLinear, needs_gradient, pack_vectors
+from t2app.kernels import FastLinear, edits_fast, has_fast_linears, needs_gradient, pack_vectors, row_edit
 from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
 Deltas = Mapping[str, Tensor]
 
 _FINGERPRINT_ENTRIES = 1024
+_EDIT_KERNEL = "edit"
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
 _FACTOR_TOKENS = 96
 
@@ -94,7 +95,7 @@ class RowDeltas:
         count: rows of the batch.
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
-        kernels: the layer under this edit as kernels, by their kind, made when they are first used.
+        kernels: the edit, and the layer under it, as kernels by their kind, made when they are first used.
     """
 
     count: int
@@ -121,11 +122,19 @@ class SpectralLinear(nn.Module):
 
     Args:
         many_rows: keep the weight in the basis too, a second copy of it, for batches in which every row is edited.
+        by_kernels: edit by the kernels where they can.
         path: of the layer in the plan that is in use.
     """
 
     def __init__(
-        self, base: nn.Module, basis: Basis, dtype: torch.dtype, many_rows: bool, path: str, in_use: _PlanInUse
+        self,
+        base: nn.Module,
+        basis: Basis,
+        dtype: torch.dtype,
+        many_rows: bool,
+        by_kernels: bool,
+        path: str,
+        in_use: _PlanInUse,
     ):
         super().__init__()
         self.base = base
@@ -134,7 +143,8 @@ class SpectralLinear(nn.Module):
         self.singular_values = basis.singular_values
         device = execution_device(base)
         self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
-        self.packed = pack_vectors(self.vectors) if isinstance(base, FastLinear) else None
+        by_kernels = by_kernels and device.type == "cpu" and dtype == torch.bfloat16
+        self.packed = pack_vectors(self.vectors) if by_kernels else None
         self.register_buffer("in_basis", self._weight_in_basis() if many_rows else None, persistent=False)
         # Of an offloaded layer the bias is there only while the layer runs, and the edit of an output comes after.
         with align_module_device(base):
@@ -156,31 +166,47 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
+        tokens = rows.count * x.shape[1]
         by_factors = self.in_basis is not None and rows.edits_all
-        few = not (by_factors and rows.count * x.shape[1] >= _FACTOR_TOKENS)
-        if few and not needs_gradient(x, rows.delta) and (kernel := self._edited_kernel(rows, x.shape[1])) is not None:
+        few = not (by_factors and tokens >= _FACTOR_TOKENS)
+        if few and not needs_gradient(x, rows.delta) and (kernel := self._layer_kernel(rows, tokens)) is not None:
             return kernel.forward(x)
         if by_factors:
             return self.by_factors(x, rows.delta)
         if self.edits_input:
-            return self.base(edited(x, rows.edited, self.vectors, rows.delta))
-        return edited(self.base(x), rows.edited, self.vectors, rows.delta, self.bias)
+            return self.base(self._edited(x, rows))
+        return self._edited(self.base(x), rows, self.bias)
 
     def kernel_of_plan(self, count: int) -> ScriptObject | None:
         """What the layer is now for one token of so many rows; None where no kernel is, or the plan is for others."""
-        if self.packed is None:
+        if not isinstance(self.base, FastLinear):
             return None
         rows = self.rows
         if rows is None:
             return self.base.kernel_for(count)
-        return self._edited_kernel(rows, 1) if rows.count == count else None
+        return self._layer_kernel(rows, count) if rows.count == count else None
 
-    def _edited_kernel(self, rows: RowDeltas, tokens: int) -> ScriptObject | None:
-        """The whole layer for so many tokens of each of these rows, without a gradient; None where no kernel is."""
+    def _layer_kernel(self, rows: RowDeltas, tokens: int) -> ScriptObject | None:
+        """The whole layer for so many tokens of all rows, without a gradient; None where no kernel is."""
+        edit = self._edit_kernel(rows)
+        if edit is None or not isinstance(self.base, FastLinear):
+            return None
+        return self.base.kernel_for(tokens, edit, rows.kernels)
+
+    def _edit_kernel(self, rows: RowDeltas) -> ScriptObject | None:
+        """The edit alone, without a gradient; None where no kernel is."""
         if self.packed is None or not isinstance(rows.edited, slice):
             return None
-        edit = Edit(self.packed, self.edits_input, rows.edited, rows.delta)
-        return self.base.kernel_for(tokens * rows.count, edit, rows.kernels)
+        if _EDIT_KERNEL not in rows.kernels:
+            rows.kernels[_EDIT_KERNEL] = row_edit(self.packed, self.edits_input, rows.edited, rows.delta)
+        return rows.kernels[_EDIT_KERNEL]
+
+    def _edited(self, side: Tensor, rows: RowDeltas, bias: Tensor | None = None) -> Tensor:
+        """The narrow side (rows, tokens, narrow) with its edited rows changed, by whatever does that fastest."""
+        few = edits_fast(rows.count * side.shape[1])
+        if few and not needs_gradient(side, rows.delta) and (kernel := self._edit_kernel(rows)) is not None:
+            return kernel.forward(side, bias)
+        return edited(side, rows.edited, self.vectors, rows.delta, bias)
 
     def by_factors(self, x: Tensor, delta: Tensor) -> Tensor:
         """W'x + bias, every row under its own z − 1 (1 or rows, rank): two products; an edit beside Wx takes three.
@@ -217,6 +243,7 @@ class SpectralModel:
         self.model = model
         self.layers: dict[str, SpectralLinear] = {}
         self._in_use = _PlanInUse()
+        by_kernels = has_fast_linears(model)
         for path, basis in bases.items():
             layer = linear_layer(model, path)
             if min(layer.in_features, layer.out_features) != basis.rank:
@@ -227,7 +254,7 @@ class SpectralModel:
             # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
             copied = many_rows and has_products_of_many_rows(layer.weight)
-            self.layers[path] = SpectralLinear(layer, basis, dtype, copied, path, self._in_use)
+            self.layers[path] = SpectralLinear(layer, basis, dtype, copied, by_kernels, path, self._in_use)
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from t2app.checkpoints import cache_folder
-from t2app.kernels import Edit, FastLinear, has_bfloat16_arithmetic, pack_vectors, use_kernels
+from t2app.kernels import FastLinear, has_bfloat16_arithmetic, pack_vectors, row_edit, use_kernels
 from t2app.kernels.attention import fast_attention
 from t2app.kernels.linear import DOT_KERNEL, DOT_ROWS, FEW_KERNEL
 from t2app.key_values import GrowingCache
@@ -68,7 +68,7 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     assert relative_error(fast_layer(weight)(x), exact - bias.double()) < 2**-8
 
 
-def kernel_of(layer: FastLinear, tokens: int, edit: Edit | None = None):
+def kernel_of(layer: FastLinear, tokens: int, edit: torch.ScriptObject | None = None):
     """The fastest kernel, or the one for few rows where torch is faster than any."""
     kernel = layer.kernel_for(tokens, edit, {})
     return layer.kernel(FEW_KERNEL, edit) if kernel is None else kernel
@@ -101,6 +101,24 @@ def test_edit_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, row
     assert torch.equal(found[others], side[others])
 
 
+@pytest.mark.parametrize("narrow", [64, 576])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), slice(0, 3)], ids=["first", "last", "all"])
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_edit_of_a_layer_that_has_no_kernel_is_as_exact_and_leaves_the_other_rows(narrow, rows, tokens, shared, biased):
+    side, bias = random(3, tokens, narrow), random(narrow) if biased else None
+    vectors = torch.linalg.qr(random(narrow, narrow).float()).Q.to(torch.bfloat16)
+    count = rows.stop - rows.start
+    delta = 0.1 * torch.randn(1 if shared else count, narrow, generator=torch.Generator().manual_seed(0))
+    exact = edited(side.double(), rows, vectors.double(), delta.double(), None if bias is None else bias.double())
+    found = row_edit(pack_vectors(vectors), False, rows, delta).forward(side, bias)
+    assert found.shape == side.shape and found.dtype == torch.bfloat16
+    assert relative_error(found, exact) < 2**-8
+    others = [row for row in range(3) if row not in range(rows.start, rows.stop)]
+    assert torch.equal(found[others], side[others])
+
+
 @pytest.mark.parametrize("shape", [(1536, 576), (576, 1536), (192, 576), (64, 192), (576, 576)])
 @pytest.mark.parametrize("first, count, rows", [(0, 1, 1), (1, 1, 2), (1, 2, 3), (5, 7, 12), (0, 11, 12)])
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -117,7 +135,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     edited_rows = slice(first, first + count)
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
-    edit = Edit(packed, basis.edits_input, edited_rows, delta)
+    edit = row_edit(packed, basis.edits_input, edited_rows, delta)
     found = kernel_of(layer, rows * tokens, edit).forward(x)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)

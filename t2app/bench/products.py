@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels import Edit, FastLinear, has_bfloat16_arithmetic
+from t2app.kernels import FastLinear, has_bfloat16_arithmetic, row_edit
 from t2app.kernels.linear import DOT_KERNEL, FEW_KERNEL
 from t2app.models import load_model
 from t2app.products import edited
@@ -81,11 +81,12 @@ def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor
 
 
 def _kernel_edit(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return layer.base.kernel(kind, Edit(layer.packed, layer.edits_input, *_last_half(delta))).forward
+    return layer.base.kernel(kind, row_edit(layer.packed, layer.edits_input, *_last_half(delta))).forward
 
 
 def _kernel_all(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return layer.base.kernel(kind, Edit(layer.packed, layer.edits_input, slice(0, len(delta)), delta)).forward
+    edit = row_edit(layer.packed, layer.edits_input, slice(0, len(delta)), delta)
+    return layer.base.kernel(kind, edit).forward
 
 
 def _last_half(delta: Tensor) -> tuple[slice, Tensor]:

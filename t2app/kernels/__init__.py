@@ -12,15 +12,25 @@ from torch import nn
 from t2app.kernels.attention import use_fast_attention
 from t2app.kernels.build import has_bfloat16_arithmetic, load_kernels
 from t2app.kernels.decoder import use_fast_decoders
-from t2app.kernels.linear import Edit, FastLinear, needs_gradient, pack_vectors, use_fast_linears
+from t2app.kernels.linear import (
+    FastLinear,
+    edits_fast,
+    has_fast_linears,
+    needs_gradient,
+    pack_vectors,
+    row_edit,
+    use_fast_linears,
+)
 
 __all__ = [
-    "Edit",
     "FastLinear",
+    "edits_fast",
     "has_bfloat16_arithmetic",
+    "has_fast_linears",
     "load_kernels",
     "needs_gradient",
     "pack_vectors",
+    "row_edit",
     "use_kernels",
 ]
 

@@ -18,7 +18,7 @@ class DotRows : public Job {
  public:
   DotRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : Job(!layer.vectors ? 1 : layer.edits_input ? 2 : 3),
+      : Job(!layer.edit ? 1 : layer.edits_input() ? 2 : 3),
         layer_(layer),
         rows_(rows),
         n_(layer.out_features),
@@ -26,22 +26,22 @@ class DotRows : public Job {
         x_(bits(x)),
         weight_(bits(layer.weight)),
         y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
-    if (!layer.vectors) return;
-    edit_.emplace(layer, tokens_of_row, threads);
-    if (layer.edits_input) return;
+    if (!layer.edit) return;
+    edit_.emplace(*layer.edit, tokens_of_row, threads);
+    if (layer.edits_input()) return;
     product_.resize(rows * n_);
     rounded_product_.resize(rows * n_);
   }
 
   const void* beginning(int phase) const override {
-    if (edit_ && phase == (layer_.edits_input ? 0 : 1)) return edit_->beginning();
-    return phase == (edit_ && layer_.edits_input ? 1 : 0) ? weight_ + Share(n_).begin * k_ : nullptr;
+    if (edit_ && phase == (layer_.edits_input() ? 0 : 1)) return edit_->beginning();
+    return phase == (edit_ && layer_.edits_input() ? 1 : 0) ? weight_ + Share(n_).begin * k_ : nullptr;
   }
 
   void run(int phase) override {
     if (!edit_) {
       multiply_to_result(x_);
-    } else if (layer_.edits_input) {
+    } else if (layer_.edits_input()) {
       phase == 0 ? edit_->compute(x_) : multiply_edited_input();
     } else {
       phase == 0 ? multiply_to_product() : phase == 1 ? edit_->compute(rounded_product_.data()) : store_edited_output();

@@ -13,7 +13,7 @@
 #include "byte_products.h"
 #endif
 #include "job.h"
-#include "layer.h"
+#include "row_edit.h"
 
 namespace t2app {
 
@@ -21,11 +21,11 @@ namespace t2app {
 // even-first order.
 class Edit {
  public:
-  Edit(const Layer& layer, int64_t tokens_of_row, int64_t threads)
-      : edited(layer, tokens_of_row),
-        vectors_(layer.vectors->const_data_ptr<int8_t>()),
-        rank_(layer.rank()),
-        narrow_(layer.narrow()),
+  Edit(const RowEdit& edit, int64_t tokens_of_row, int64_t threads)
+      : edited(edit, tokens_of_row),
+        vectors_(edit.vectors.const_data_ptr<int8_t>()),
+        rank_(edit.rank()),
+        narrow_(edit.narrow()),
         changes_(threads) {}
 
   // Where this thread's share of V begins.

@@ -38,7 +38,7 @@ class FewRows : public Job {
  public:
   FewRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : Job(!layer.vectors ? 1 : layer.edits_input ? 2 : 3),
+      : Job(!layer.edit ? 1 : layer.edits_input() ? 2 : 3),
         layer_(layer),
         rows_(rows),
         n_(layer.out_features),
@@ -47,19 +47,19 @@ class FewRows : public Job {
         weight_(bits(layer.weight)),
         y_(y.mutable_data_ptr<at::BFloat16>()) {
     for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
-    if (layer.vectors) edit_.emplace(layer, tokens_of_row, threads);
-    if (edits_output()) product_.resize(rows * n_);
+    if (layer.edit) edit_.emplace(*layer.edit, tokens_of_row, threads);
+    if (layer.edits_output()) product_.resize(rows * n_);
   }
 
   const void* beginning(int phase) const override {
-    if (edit_ && phase == (layer_.edits_input ? 0 : 1)) return edit_->beginning();
+    if (edit_ && phase == (layer_.edits_input() ? 0 : 1)) return edit_->beginning();
     return phase < 2 ? weight_ + Share(n_).begin * k_ : nullptr;
   }
 
   void run(int phase) override {
     if (!edit_) {
       multiply_to_result(x_.data());
-    } else if (layer_.edits_input) {
+    } else if (layer_.edits_input()) {
       phase == 0 ? edit_->compute(x_.data()) : multiply_edited_input();
     } else {
       phase == 0 ? multiply_to_product() : phase == 1 ? edit_->compute(product_.data()) : store_edited_output();
@@ -67,8 +67,6 @@ class FewRows : public Job {
   }
 
  private:
-  bool edits_output() const { return layer_.vectors && !layer_.edits_input; }
-
   void multiply_to_result(const float* x) const {
     multiply(x, rows_, weight_, n_, k_,
              [&](int64_t row, int64_t o, float value) { y_[row * n_ + o] = value + layer_.bias[o]; });

@@ -4,17 +4,25 @@
 
 #include "attention.h"
 #include "decoder.h"
+#include "edit_side.h"
 #include "layer.h"
 #include "linear.h"
+#include "row_edit.h"
 
 TORCH_LIBRARY(t2app, library) {
   library.def("one_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
 
   using t2app::Decoder;
   using t2app::Layer;
-  using Optional = std::optional<at::Tensor>;
+  using t2app::RowEdit;
+  using Bias = std::optional<at::Tensor>;
+  library.class_<RowEdit>("RowEdit")
+      .def(torch::init<at::Tensor, at::Tensor, at::Tensor, bool, int64_t, int64_t>())
+      .def("forward", [](const c10::intrusive_ptr<RowEdit>& self, const at::Tensor& side, const Bias& bias) {
+        return t2app::edited_side(*self, side, bias);
+      });
   library.class_<Layer>("Layer")
-      .def(torch::init<at::Tensor, Optional, bool, Optional, Optional, Optional, bool, int64_t, int64_t>())
+      .def(torch::init<at::Tensor, Bias, bool, std::optional<c10::intrusive_ptr<RowEdit>>>())
       .def("forward", [](const c10::intrusive_ptr<Layer>& self, const at::Tensor& x) {
         return t2app::linear({self.get()}, x)[0];
       });

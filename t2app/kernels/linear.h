@@ -16,6 +16,9 @@ namespace t2app {
 
 // Below this many weights a second thread costs more than it does.
 constexpr int64_t kWeightsPerThread = 1 << 14;
+inline int64_t threads_for(int64_t weights) {
+  return std::clamp<int64_t>(weights / kWeightsPerThread, 1, omp_get_max_threads());
+}
 
 inline std::unique_ptr<Job> job_of(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row,
                                    int64_t threads, const at::Tensor& y) {
@@ -35,11 +38,11 @@ inline std::vector<at::Tensor> linear(const std::vector<const Layer*>& layers, c
   int64_t weights = 0;
   for (const Layer* layer : layers) {
     TORCH_CHECK(x.size(-1) == layer->in_features, "x does not match the weight");
-    TORCH_CHECK(!layer->vectors || (x.dim() == 3 && layer->first + layer->edited <= x.size(0)),
+    TORCH_CHECK(!layer->edit || (x.dim() == 3 && layer->edit->first + layer->edit->edited <= x.size(0)),
                 "the edited rows are not in the batch");
     weights += layer->weight.numel();
   }
-  const int64_t threads = std::clamp<int64_t>(weights / kWeightsPerThread, 1, omp_get_max_threads());
+  const int64_t threads = threads_for(weights);
   std::vector<at::Tensor> results;
   std::vector<std::unique_ptr<Job>> jobs;
   for (const Layer* layer : layers) {

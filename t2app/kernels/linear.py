@@ -52,20 +52,24 @@ def pack_vectors(vectors: Tensor) -> PackedVectors | None:
     return PackedVectors(even_first.contiguous(), scales)
 
 
-class Edit(NamedTuple):
-    """What is done to some rows of a batch in one layer.
+def row_edit(vectors: PackedVectors, edits_input: bool, rows: slice, delta: Tensor) -> ScriptObject:
+    """What is done to some rows of a batch at one layer's narrow side.
 
-    Attributes:
+    A `FastLinear` takes it into its kernels. For another layer its `forward` takes the narrow side in bfloat16 (rows,
+    tokens, narrow), and the bias where that is in it or None, and gives the side with its edited rows changed.
+
+    Args:
         vectors: of the layer's narrow side.
         edits_input: whether the narrow side is the input, or the output.
         rows: those that are edited.
         delta: z − 1 (1 or edited rows, rank) in float32.
     """
+    return torch.classes.t2app.RowEdit(*vectors, delta, edits_input, rows.start, rows.stop - rows.start)
 
-    vectors: PackedVectors
-    edits_input: bool
-    rows: slice
-    delta: Tensor
+
+def edits_fast(tokens: int) -> bool:
+    """Whether a `row_edit` is faster than torch's products for so many tokens of all rows together."""
+    return tokens <= (DOT_ROWS if has_byte_products() else FEW_ROWS)
 
 
 class FastLinear(nn.Linear):
@@ -93,11 +97,12 @@ class FastLinear(nn.Linear):
         return y.view(*x.shape[:-1], -1)
 
     def kernel_for(
-        self, tokens: int, edit: Edit | None = None, made: dict[str, ScriptObject] | None = None
+        self, tokens: int, edit: ScriptObject | None = None, made: dict[str, ScriptObject] | None = None
     ) -> ScriptObject | None:
         """The fastest kernel for so many tokens of all rows together; None where there is none.
 
         Args:
+            edit: a `row_edit`; None edits no row.
             made: the kernels that there are of this edit, by their kind; a new one is added.
         """
         kind = _fastest_kernel(tokens, self.in_features)
@@ -112,7 +117,7 @@ class FastLinear(nn.Linear):
         """What the layer is in a step of so many rows; `SpectralLinear`, which has plans, has the same."""
         return self.kernel_for(rows)
 
-    def kernel(self, kind: str, edit: Edit | None = None) -> ScriptObject:
+    def kernel(self, kind: str, edit: ScriptObject | None = None) -> ScriptObject:
         """An object whose `forward` gives Wx + bias for x (…, in_features), or where it edits, which takes x as
         (rows, tokens, in_features), W'x + bias for the edited rows.
 
@@ -120,14 +125,14 @@ class FastLinear(nn.Linear):
 
         Args:
             kind: `FEW_KERNEL` or `DOT_KERNEL`.
-            edit: None edits no row.
+            edit: a `row_edit`; None edits no row.
         """
-        dot = kind == DOT_KERNEL
-        if edit is None:
-            return torch.classes.t2app.Layer(self.weight, self.bias, dot, None, None, None, False, 0, 0)
-        first, edited = edit.rows.start, edit.rows.stop - edit.rows.start
-        what = (*edit.vectors, edit.delta, edit.edits_input, first, edited)
-        return torch.classes.t2app.Layer(self.weight, self.bias, dot, *what)
+        return torch.classes.t2app.Layer(self.weight, self.bias, kind == DOT_KERNEL, edit)
+
+
+def has_fast_linears(model: nn.Module) -> bool:
+    """Whether a model runs by the kernels; one of 4 bits does so in its output layer alone."""
+    return any(isinstance(layer, FastLinear) for layer in model.modules())
 
 
 def use_fast_linears(model: nn.Module) -> None:
