@@ -27,7 +27,7 @@ _READ_NUMBERS = 64 * 2**20
 # activations, sums, the embedding). What runs outside of it chooses the token.
 _LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE = "linear", "attention", "head", "elementwise", "choice"
 _KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
-# What our kernel of a whole block calls itself, and is a part of no module.
+# What the kernel of whole blocks calls its parts, which are in no module.
 _KERNEL_KINDS = {"t2app::linear": _LINEAR, "t2app::attention": _ATTENTION}
 
 
