@@ -50,7 +50,7 @@ def stepper(model: Model, mixtures: Sequence[Deltas | None], steps: int) -> Call
 def step_seconds(step: Callable[[], object]) -> float:
     """Seconds of a step after one of the same rows, as steps of an answer are.
 
-    One step is made before it: it finds the caches, and the kernel that the decoder keeps, as other rows have left them.
+    One step is made before it: it finds the caches, and the kernel that a decoder keeps, as other rows have left them.
     """
     step()
     return seconds(step)
