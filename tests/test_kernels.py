@@ -114,7 +114,8 @@ def test_edit_of_a_layer_that_has_no_kernel_is_as_exact_and_leaves_the_other_row
     exact = edited(side.double(), rows, vectors.double(), delta.double(), None if bias is None else bias.double())
     found = row_edit(pack_vectors(vectors), False, rows, delta).forward(side, bias)
     assert found.shape == side.shape and found.dtype == torch.bfloat16
-    assert relative_error(found, exact) < 2**-8
+    # Beside the result's own rounding there is that of the vectors, or of coordinates and side.
+    assert relative_error(found, exact) < 2**-7
     others = [row for row in range(3) if row not in range(rows.start, rows.stop)]
     assert torch.equal(found[others], side[others])
 

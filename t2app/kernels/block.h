@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <ATen/ops/add.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/silu.h>
 
 #include <cmath>
@@ -37,6 +37,29 @@ inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double
     }
   }
   return y;
+}
+
+// `of` the elements of x and y, of one shape, rounded.
+template <typename Of>
+at::Tensor each(const at::Tensor& x, const at::Tensor& y, const Of& of) {
+  const at::Tensor in_order = x.contiguous();
+  at::Tensor result = at::empty_like(in_order);
+  const uint16_t *a = bits(in_order), *b = bits(y);
+  auto* target = reinterpret_cast<uint16_t*>(result.mutable_data_ptr<at::BFloat16>());
+  for (int64_t i = 0; i < result.numel(); i += kBlock) {
+    const Pairs first = load_pairs(a + i), second = load_pairs(b + i);
+    store_pairs(target + i, rounded_pairs(of(even_elements(first), even_elements(second)),
+                                          of(odd_elements(first), odd_elements(second))));
+  }
+  return result;
+}
+
+inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y) {
+  return each(x, y, [](Floats a, Floats b) { return a + b; });
+}
+
+inline at::Tensor product_of(const at::Tensor& x, const at::Tensor& y) {
+  return each(x, y, [](Floats a, Floats b) { return a * b; });
 }
 
 // A head's vector turned by its position: the first half a and the second b become a·cos − b·sin and b·cos + a·sin.
@@ -87,12 +110,11 @@ class Block {
     turn(projected[kKey], cos, sin, bits_of(keys) + (tokens - 1) * keys.stride(2), keys.stride(1), keys.stride(0));
     keep(projected[kValue], bits_of(values) + (tokens - 1) * values.stride(2), values.stride(1), values.stride(0));
     const at::Tensor attended = attend(queries.view({rows, -1, 1, size_}), keys, values, mask).view({rows, 1, -1});
-    const at::Tensor between = at::add(x, linear(these(kOutput), attended)[0]);
+    const at::Tensor between = sum_of(x, linear(these(kOutput), attended)[0]);
 
     const std::vector<at::Tensor> gated = linear(these(kGate, kUp), rms_norm(between, norms_[1], epsilon_));
-    at::Tensor activated = gated[0];
-    at::silu_(activated).mul_(gated[1]);
-    return at::add(between, linear(these(kDown), activated)[0]);
+    const at::Tensor activated = product_of(at::silu(gated[0]), gated[1]);
+    return sum_of(between, linear(these(kDown), activated)[0]);
   }
 
  private:
