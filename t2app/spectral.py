@@ -188,25 +188,28 @@ class SpectralLinear(nn.Module):
 
     def _layer_kernel(self, rows: RowDeltas, tokens: int) -> ScriptObject | None:
         """The whole layer for so many tokens of all rows, without a gradient; None where no kernel is."""
-        edit = self._edit_kernel(rows)
-        if edit is None or not isinstance(self.base, FastLinear):
+        if self.packed is None or not isinstance(self.base, FastLinear) or not isinstance(rows.edited, slice):
             return None
-        return self.base.kernel_for(tokens, edit, rows.kernels)
+        return self.base.kernel_for(tokens, self._edit_kernel(rows), rows.kernels)
 
-    def _edit_kernel(self, rows: RowDeltas) -> ScriptObject | None:
-        """The edit alone, without a gradient; None where no kernel is."""
-        if self.packed is None or not isinstance(rows.edited, slice):
-            return None
+    def _edit_kernel(self, rows: RowDeltas) -> ScriptObject:
+        """The edit of these rows in a batch; of rows that are apart, of a batch of them alone."""
         if _EDIT_KERNEL not in rows.kernels:
-            rows.kernels[_EDIT_KERNEL] = row_edit(self.packed, self.edits_input, rows.edited, rows.delta)
+            edited_rows = rows.edited if isinstance(rows.edited, slice) else slice(0, len(rows.edited))
+            rows.kernels[_EDIT_KERNEL] = row_edit(self.packed, self.edits_input, edited_rows, rows.delta)
         return rows.kernels[_EDIT_KERNEL]
 
     def _edited(self, side: Tensor, rows: RowDeltas, bias: Tensor | None = None) -> Tensor:
         """The narrow side (rows, tokens, narrow) with its edited rows changed, by whatever does that fastest."""
         few = edits_fast(rows.count * side.shape[1])
-        if few and not needs_gradient(side, rows.delta) and (kernel := self._edit_kernel(rows)) is not None:
+        if self.packed is None or not few or needs_gradient(side, rows.delta):
+            return edited(side, rows.edited, self.vectors, rows.delta, bias)
+        kernel = self._edit_kernel(rows)
+        if isinstance(rows.edited, slice):
             return kernel.forward(side, bias)
-        return edited(side, rows.edited, self.vectors, rows.delta, bias)
+        side = side.clone()
+        side[rows.edited] = kernel.forward(side[rows.edited], bias)
+        return side
 
     def by_factors(self, x: Tensor, delta: Tensor) -> Tensor:
         """W'x + bias, every row under its own z − 1 (1 or rows, rank): two products; an edit beside Wx takes three.
