@@ -79,11 +79,12 @@ inline void rotate(const uint16_t* head, const uint16_t* cos, const uint16_t* si
 
 class Block {
  public:
+  static constexpr int64_t kLayers = 7, kNorms = 2;
+
   // layers: query, key, value, output, gate, up and down; norms: before attention and before the MLP, bfloat16.
   Block(std::vector<c10::intrusive_ptr<Layer>> layers, std::vector<at::Tensor> norms, double epsilon, int64_t head_size,
         double scale)
       : layers_(std::move(layers)), norms_(std::move(norms)), epsilon_(epsilon), size_(head_size), scale_(scale) {
-    TORCH_CHECK(layers_.size() == 7 && norms_.size() == 2, "seven layers and two norms were expected");
     TORCH_CHECK(size_ % (2 * kBlock) == 0, "heads of 32·n were expected");
     for (const at::Tensor& norm : norms_) {
       TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() % kBlock == 0,

@@ -10,16 +10,18 @@
 namespace t2app {
 
 struct Decoder : torch::CustomClassHolder {
-  // layers: seven of each block, norms: two of each and the one after the last, both as `Block` takes them.
+  // layers: those of each block, norms: those of each and the one after the last, both as `Block` takes them.
   Decoder(const std::vector<c10::intrusive_ptr<Layer>>& layers, const std::vector<at::Tensor>& norms, double epsilon,
           int64_t head_size, double scale)
       : norm_(norms.at(norms.size() - 1)), epsilon_(epsilon) {
-    TORCH_CHECK(layers.size() % 7 == 0 && norms.size() == layers.size() / 7 * 2 + 1,
+    const size_t blocks = layers.size() / Block::kLayers;
+    TORCH_CHECK(layers.size() == blocks * Block::kLayers && norms.size() == blocks * Block::kNorms + 1,
                 "seven layers and two norms a block were expected, and a norm after the last");
-    for (size_t block = 0; block < layers.size() / 7; ++block) {
-      const auto layer = layers.begin() + 7 * block;
-      const auto norm = norms.begin() + 2 * block;
-      blocks_.emplace_back(std::vector(layer, layer + 7), std::vector(norm, norm + 2), epsilon, head_size, scale);
+    auto layer = layers.begin();
+    auto norm = norms.begin();
+    for (size_t block = 0; block < blocks; ++block, layer += Block::kLayers, norm += Block::kNorms) {
+      blocks_.emplace_back(std::vector(layer, layer + Block::kLayers), std::vector(norm, norm + Block::kNorms), epsilon,
+                           head_size, scale);
     }
   }
 
@@ -27,7 +29,8 @@ struct Decoder : torch::CustomClassHolder {
   // block, and all else is as for `Block`.
   at::Tensor forward(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const std::vector<at::Tensor>& keys,
                      const std::vector<at::Tensor>& values, const std::optional<at::Tensor>& mask) const {
-    TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(), "keys and values of each block were expected");
+    TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),
+                "keys and values of each block were expected");
     for (size_t block = 0; block < blocks_.size(); ++block) {
       x = blocks_[block].forward(x, cos, sin, keys[block], values[block], mask);
     }

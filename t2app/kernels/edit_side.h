@@ -1,4 +1,4 @@
-// An edit by itself, for a layer that something else multiplies: one of 4 bits, or one that is elsewhere between steps.
+// An edit by itself, for a layer that something else multiplies, as one of 4 bits.
 
 #pragma once
 
