@@ -22,7 +22,15 @@ from accelerate.utils import align_module_device
 from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels import FastLinear, edits_fast, has_fast_linears, needs_gradient, pack_vectors, row_edit
+from t2app.kernels import (
+    FastLinear,
+    edits_fast,
+    has_fast_linears,
+    integers_in_order,
+    needs_gradient,
+    pack_vectors,
+    row_edit,
+)
 from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
@@ -121,9 +129,16 @@ class SpectralLinear(nn.Module):
     The edit happens where the layer computes, which for a layer that accelerate offloads is not where its weight lies.
 
     Args:
-        many_rows: keep the weight in the basis too, a second copy of it, for batches in which every row is edited.
+        many_rows: keep, for batches in which every row is edited, whole vectors beside packed ones and, where torch
+            multiplies many rows well, the weight in the basis, a second copy of it.
         by_kernels: edit by the kernels where they can.
         path: of the layer in the plan that is in use.
+
+    Attributes:
+        packed: the singular vectors for the kernels; None without these.
+        vectors: Vᵀ or Uᵀ (rank, narrow); None where the packed ones are there alone.
+        in_basis: WV (out_features, rank) or UᵀW (rank, in_features); None where it is not kept.
+        device: the one that it computes on.
     """
 
     def __init__(
@@ -141,15 +156,21 @@ class SpectralLinear(nn.Module):
         self._path, self._in_use = path, in_use
         self.edits_input = basis.edits_input
         self.singular_values = basis.singular_values
-        device = execution_device(base)
-        self.register_buffer("vectors", basis.vectors.T.to(device, dtype).contiguous(), persistent=False)  # Vᵀ or Uᵀ
-        by_kernels = by_kernels and device.type == "cpu" and dtype == torch.bfloat16
-        self.packed = pack_vectors(self.vectors) if by_kernels else None
-        self.register_buffer("in_basis", self._weight_in_basis() if many_rows else None, persistent=False)
+        self.device = execution_device(base)
+        vectors = basis.vectors.T.to(self.device, dtype).contiguous()
+        by_kernels = by_kernels and self.device.type == "cpu" and dtype == torch.bfloat16
+        self.packed = pack_vectors(vectors) if by_kernels else None
+        in_basis = self._weight_in_basis(vectors) if many_rows and has_products_of_many_rows(base.weight) else None
+        self.register_buffer("in_basis", in_basis, persistent=False)
+        self.register_buffer("vectors", vectors if many_rows or self.packed is None else None, persistent=False)
         # Of an offloaded layer the bias is there only while the layer runs, and the edit of an output comes after.
         with align_module_device(base):
             bias = None if base.bias is None else base.bias.detach()
             self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def rank(self) -> int:
+        return len(self.singular_values)
 
     @property
     def rows(self) -> RowDeltas | None:
@@ -203,13 +224,20 @@ class SpectralLinear(nn.Module):
         """The narrow side (rows, tokens, narrow) with its edited rows changed, by whatever does that fastest."""
         few = edits_fast(rows.count * side.shape[1])
         if self.packed is None or not few or needs_gradient(side, rows.delta):
-            return edited(side, rows.edited, self.vectors, rows.delta, bias)
+            return self._edited_by_torch(side, rows, bias)
         kernel = self._edit_kernel(rows)
         if isinstance(rows.edited, slice):
             return kernel.forward(side, bias)
         side = side.clone()
         side[rows.edited] = kernel.forward(side[rows.edited], bias)
         return side
+
+    def _edited_by_torch(self, side: Tensor, rows: RowDeltas, bias: Tensor | None) -> Tensor:
+        if self.vectors is not None:
+            return edited(side, rows.edited, self.vectors, rows.delta, bias)
+        integers = integers_in_order(self.packed, side.dtype)
+        # The coordinate and the contribution both lack a vector's scale.
+        return edited(side, rows.edited, integers, rows.delta * self.packed.scales.square(), bias)
 
     def by_factors(self, x: Tensor, delta: Tensor) -> Tensor:
         """W'x + bias, every row under its own z − 1 (1 or rows, rank): two products; an edit beside Wx takes three.
@@ -223,9 +251,9 @@ class SpectralLinear(nn.Module):
         y = coordinates @ self.vectors
         return y if self.bias is None else y + self.bias
 
-    def _weight_in_basis(self) -> Tensor:
+    def _weight_in_basis(self, vectors: Tensor) -> Tensor:
         """WV (out_features, rank), or UᵀW (rank, in_features), in the weight's own precision."""
-        weight, vectors = self.base.weight.float(), self.vectors.float()
+        weight, vectors = self.base.weight.float(), vectors.float()
         return (weight @ vectors.T if self.edits_input else vectors @ weight).to(self.base.weight.dtype)
 
 
@@ -256,8 +284,7 @@ class SpectralModel:
                 )
             # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
-            copied = many_rows and has_products_of_many_rows(layer.weight)
-            self.layers[path] = SpectralLinear(layer, basis, dtype, copied, by_kernels, path, self._in_use)
+            self.layers[path] = SpectralLinear(layer, basis, dtype, many_rows, by_kernels, path, self._in_use)
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 
@@ -268,10 +295,7 @@ class SpectralModel:
             ValueError: the layers compute no gradient.
         """
         require_gradients(self.model)
-        return {
-            path: nn.Parameter(torch.zeros(len(layer.vectors), device=layer.vectors.device))
-            for path, layer in self.layers.items()
-        }
+        return {path: nn.Parameter(torch.zeros(layer.rank, device=layer.device)) for path, layer in self.layers.items()}
 
     def plan(self, rows: Sequence[Deltas | None]) -> dict[str, RowDeltas | None]:
         """What every layer does to a batch whose row i is adapted by rows[i]; None is the model as it is."""
@@ -309,11 +333,10 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     first, last = adapted[0], adapted[-1]
     shared = all(deltas[row] is deltas[first] for row in adapted)
     delta = deltas[first][None] if shared else torch.stack([deltas[row] for row in adapted])
-    device = layer.vectors.device
     # A slice of rows is a view; an index of rows that are apart copies them.
     together = last - first + 1 == len(adapted)
-    rows = slice(first, last + 1) if together else torch.tensor(adapted, device=device)
-    return RowDeltas(len(deltas), rows, delta.to(device, torch.float32))
+    rows = slice(first, last + 1) if together else torch.tensor(adapted, device=layer.device)
+    return RowDeltas(len(deltas), rows, delta.to(layer.device, torch.float32))
 
 
 def require_gradients(model: nn.Module) -> None:

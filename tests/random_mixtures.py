@@ -9,7 +9,7 @@ from t2app.spectral import Deltas, SpectralModel
 
 def random_deltas(adapted: SpectralModel, seed: int = 0) -> Deltas:
     """z − 1 of all layers of a model."""
-    return deltas_of_ranks({path: len(layer.vectors) for path, layer in adapted.layers.items()}, seed)
+    return deltas_of_ranks({path: layer.rank for path, layer in adapted.layers.items()}, seed)
 
 
 def deltas_of_ranks(ranks: Mapping[str, int], seed: int = 0) -> Deltas:

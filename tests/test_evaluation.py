@@ -32,7 +32,7 @@ EXAMPLES = [Example("word " * (1 + number * 7 % 13) + str(number), "", "") for n
 def mixtures(tiny) -> list:
     generator = torch.Generator().manual_seed(0)
     experts = [
-        {path: torch.randn(len(layer.vectors), generator=generator) for path, layer in tiny.adapted.layers.items()}
+        {path: torch.randn(layer.rank, generator=generator) for path, layer in tiny.adapted.layers.items()}
         for _ in range(2)
     ]
     return [(None, *experts)[number % 3] for number in range(len(EXAMPLES))]

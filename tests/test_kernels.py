@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from t2app.checkpoints import cache_folder
-from t2app.kernels import FastLinear, has_bfloat16_arithmetic, pack_vectors, row_edit, use_kernels
+from t2app.kernels import (
+    FastLinear,
+    has_bfloat16_arithmetic,
+    integers_in_order,
+    pack_vectors,
+    row_edit,
+    use_kernels,
+)
 from t2app.kernels.attention import fast_attention
 from t2app.kernels.linear import DOT_KERNEL, DOT_ROWS, FEW_KERNEL
 from t2app.key_values import GrowingCache
@@ -156,6 +163,38 @@ def test_packed_vectors_are_the_vectors_within_half_a_step_with_even_places_firs
     assert ((integers * scales[:, None] - vectors[:, order]).abs() <= 0.5001 * scales[:, None]).all()
 
 
+def test_integers_of_packed_vectors_are_had_back_in_order():
+    vectors = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    packed = pack_vectors(vectors)
+    found = integers_in_order(packed, torch.bfloat16).double() * packed.scales[:, None]
+    assert ((found - vectors).abs() <= 0.5001 * packed.scales[:, None]).all()
+
+
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 1536)])
+@pytest.mark.parametrize("rows", [[1], [0, 2]], ids=str)
+def test_packed_vectors_alone_serve_a_long_prompt_and_a_gradient(shape, rows):
+    layer = fast_layer(random(*shape) / shape[1] ** 0.5)
+    basis = basis_of(layer.weight)
+    delta = 0.1 * torch.randn(basis.rank, generator=torch.Generator().manual_seed(0))
+    whole = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64).requires_grad_(False)
+    whole.weight.copy_(layer.weight)
+    exact = SpectralModel(nn.Sequential(whole), {"0": basis})
+    model = SpectralModel(nn.Sequential(layer), {"0": basis})
+    assert model.layers["0"].vectors is None
+    x = random(3, DOT_ROWS // 2, shape[1])
+    mixtures = [{"0": delta} if row in rows else None for row in range(3)]
+    found, gradients = {}, {}
+    for name, adapted_model, given in (("exact", exact, x.double()), ("packed", model, x)):
+        for row in rows:
+            mixtures[row] = {"0": delta.clone().requires_grad_()}
+        with adapted_model.rows(mixtures):
+            found[name] = adapted_model.model(given)
+        found[name].double().square().sum().backward()
+        gradients[name] = torch.stack([mixtures[row]["0"].grad for row in rows])
+    assert relative_error(found["packed"], found["exact"]) < 2**-7
+    assert relative_error(gradients["packed"], gradients["exact"].double()) < 2**-6
+
+
 def test_vectors_that_the_kernel_cannot_read_are_not_packed():
     assert pack_vectors(torch.eye(30)) is None
 
@@ -219,7 +258,7 @@ def adapted(model: PreTrainedModel) -> SpectralModel:
 def mixtures_of(model: SpectralModel) -> list[dict[str, torch.Tensor] | None]:
     generator = torch.Generator().manual_seed(0)
     return [
-        {path: strength * torch.randn(len(layer.vectors), generator=generator) for path, layer in model.layers.items()}
+        {path: strength * torch.randn(layer.rank, generator=generator) for path, layer in model.layers.items()}
         for strength in (0.2, 0.4)
     ]
 

@@ -53,7 +53,7 @@ def plain_model(folder: str) -> nn.Module:
 def mixture_of(model: Model) -> Deltas:
     generator = torch.Generator().manual_seed(0)
     layers = model.adapted.layers.items()
-    return {path: 0.5 * torch.randn(len(layer.vectors), generator=generator) for path, layer in layers}
+    return {path: 0.5 * torch.randn(layer.rank, generator=generator) for path, layer in layers}
 
 
 def write_into_weights(model: nn.Module, mixture: Deltas) -> None:

@@ -338,7 +338,7 @@ def test_gradient_of_z_is_that_of_the_written_weights_and_no_weight_gets_one(sma
 
 
 def test_gradient_reaches_every_z_of_the_real_model_and_no_weight(real):
-    ranks = {path: len(layer.vectors) for path, layer in real.adapted.layers.items()}
+    ranks = {path: layer.rank for path, layer in real.adapted.layers.items()}
     deltas = {path: delta.requires_grad_() for path, delta in deltas_of_ranks(ranks, 0).items()}
     with real.adapted.rows([None, deltas, None]):
         logits = real.adapted.model(random_ids(real.adapted.model)).logits

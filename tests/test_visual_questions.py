@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from t2app.cli import main
@@ -98,7 +99,7 @@ def test_evaluation_shows_the_model_each_picture(data, vision_folder, capsys):
 def test_answers_differ_by_picture_and_mixture_and_are_kept_by_both(data, vision_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     model = load_model(str(vision_folder("qwen2_vl")), "fp32", layers=lambda path: True)
-    mixture = {path: layer.vectors.new_full((len(layer.vectors),), 0.5) for path, layer in model.adapted.layers.items()}
+    mixture = {path: torch.full((layer.rank,), 0.5) for path, layer in model.adapted.layers.items()}
     task, examples = TASKS["textvqa"], TASKS["textvqa"].examples("test")
     kept = AnswerFile(tmp_path / "answers.jsonl")
     rows, mixtures = [*examples, *examples], [None] * 3 + [mixture] * 3

@@ -51,7 +51,7 @@ def bench_edit(model_name: str, precision: str) -> Iterator[Figure]:
             answer = collected(steps)[0]
             right = _log_probabilities(exact, prompt, answer, mixture)
             ways = {"bf16_8_bits": _log_probabilities(rounded, prompt, answer, mixture)}
-            with _unpacked(rounded):
+            with _by_torch(rounded, exact):
                 ways["bf16"] = _log_probabilities(rounded, prompt, answer, mixture)
             for share in _SHARES:
                 fewer = _largest(mixture, share)
@@ -81,13 +81,14 @@ def _largest(mixture: Deltas, share: float) -> Deltas:
 
 
 @contextmanager
-def _unpacked(model: Model) -> Iterator[None]:
-    """Edits as torch computes them, for the time of a block."""
-    packed = {path: layer.packed for path, layer in model.adapted.layers.items()}
-    for layer in model.adapted.layers.values():
-        layer.packed = None
+def _by_torch(model: Model, exact: Model) -> Iterator[None]:
+    """Edits as torch computes them, for the time of a block, with the singular vectors of the model in fp32."""
+    layers = model.adapted.layers
+    kept = {path: (layer.packed, layer.vectors) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer.packed, layer.vectors = None, exact.adapted.layers[path].vectors.bfloat16()
     try:
         yield
     finally:
-        for path, layer in model.adapted.layers.items():
-            layer.packed = packed[path]
+        for path, layer in layers.items():
+            layer.packed, layer.vectors = kept[path]

@@ -125,14 +125,13 @@ def _megabytes(tensors: Iterable[Tensor]) -> float:
 
 def _base_tensors(model: Model) -> Iterator[Tensor]:
     for layer in model.adapted.layers.values():
-        yield layer.vectors
-        yield from layer.packed or ()
+        yield from layer.packed or (layer.vectors,)
 
 
 def _random_mixture(model: Model) -> Deltas:
     generator = torch.Generator().manual_seed(0)
-    ranks = {path: len(layer.vectors) for path, layer in model.adapted.layers.items()}
-    return {path: _SPREAD * torch.randn(rank, generator=generator) for path, rank in ranks.items()}
+    layers = model.adapted.layers.items()
+    return {path: _SPREAD * torch.randn(layer.rank, generator=generator) for path, layer in layers}
 
 
 def _first_tokens(model: Model, mixture: Deltas) -> None:

@@ -42,7 +42,7 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
-        deltas = [torch.randn(rows, len(layer.vectors), generator=generator) / 20 for layer in layers]
+        deltas = [torch.randn(rows, layer.rank, generator=generator) / 20 for layer in layers]
         for name, prepare in ways.items():
             products = [prepare(layer, delta) for layer, delta in zip(layers, deltas, strict=True)]
             step = partial(_all, products, inputs)

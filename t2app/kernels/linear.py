@@ -52,6 +52,15 @@ def pack_vectors(vectors: Tensor) -> PackedVectors | None:
     return PackedVectors(even_first.contiguous(), scales)
 
 
+def integers_in_order(vectors: PackedVectors, dtype: torch.dtype) -> Tensor:
+    """The integers of packed vectors (rank, narrow) as they were before, even and odd places in turns.
+
+    bfloat16 holds them exactly.
+    """
+    even, odd = vectors.integers.to(dtype).view(len(vectors.scales), -1, 2, WIDTH // 2).unbind(2)
+    return torch.stack((even, odd), -1).view(vectors.integers.shape)
+
+
 def row_edit(vectors: PackedVectors, edits_input: bool, rows: slice, delta: Tensor) -> ScriptObject:
     """What is done to some rows of a batch at one layer's narrow side.
 
