@@ -67,15 +67,20 @@ class ByteRows {
 };
 
 // sums (R, narrow) += coefficients · vectors for R rows of coefficients from `first` on, and as many vectors, (…, narrow),
-// as a row has.
+// as a row has. Memory is asked for from `next` on, in passing; null asks for none.
 template <int R>
-void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t* vectors, int64_t narrow, float* sums) {
+void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t* vectors, int64_t narrow, float* sums,
+                       const char* next) {
   for (int64_t column = 0; column < narrow; column += OfBytes::kBlock) {
     __m512i parts[R][4];
     for (int r = 0; r < R; ++r) {
       for (__m512i& part : parts[r]) part = _mm512_set1_epi32(-kByteOffset * coefficients.sums[first + r]);
     }
     for (int64_t v = 0; v < coefficients.length; v += 4) {
+      if (next != nullptr) {
+        _mm_prefetch(next, _MM_HINT_T1);
+        next += kCacheLine;
+      }
       // A place's entries of four vectors, side by side.
       const int8_t* entries = vectors + v * narrow + column;
       const __m512i a = load_unsigned(entries), b = load_unsigned(entries + narrow);
@@ -107,12 +112,16 @@ void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t
   }
 }
 
-// The same for all rows of coefficients.
-inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, float* sums) {
+// The same for all rows of coefficients. `next` is where the thread reads on afterwards, which it has begun to ask for;
+// null where that is not known.
+inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, float* sums,
+                          const char* next) {
+  if (next != nullptr) next += kFarBytes;
   int64_t row = 0;
   const auto some = [&](int together, auto combined) {
     for (; row + together <= coefficients.count; row += together) {
-      combined(coefficients, row, vectors, narrow, sums + row * narrow);
+      combined(coefficients, row, vectors, narrow, sums + row * narrow, next);
+      next = nullptr;
     }
   };
   some(4, combine_byte_rows<4>);

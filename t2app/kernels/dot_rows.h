@@ -7,51 +7,37 @@
 #include <vector>
 
 #include "dot_products.h"
-#include "edit.h"
-#include "job.h"
-#include "layer.h"
+#include "layer_job.h"
 
 namespace t2app {
 
 // `FewRows` for more of them. The edited side is rounded to bfloat16 once more.
-class DotRows : public Job {
+class DotRows : public LayerJob {
  public:
   DotRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : Job(!layer.edit ? 1 : layer.edits_input() ? 2 : 3),
-        layer_(layer),
+      : LayerJob(layer, tokens_of_row, threads),
         rows_(rows),
         n_(layer.out_features),
         k_(layer.in_features),
         x_(bits(x)),
         weight_(bits(layer.weight)),
         y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
-    if (!layer.edit) return;
-    edit_.emplace(*layer.edit, tokens_of_row, threads);
-    if (layer.edits_input()) return;
+    if (!layer.edits_output()) return;
     product_.resize(rows * n_);
     rounded_product_.resize(rows * n_);
   }
 
-  const void* beginning(int phase) const override {
-    if (edit_ && phase == (layer_.edits_input() ? 0 : 1)) return edit_->beginning();
-    return phase == (edit_ && layer_.edits_input() ? 1 : 0) ? weight_ + Share(n_).begin * k_ : nullptr;
-  }
-
-  void run(int phase) override {
-    if (!edit_) {
-      multiply_to_result(x_);
-    } else if (layer_.edits_input()) {
-      phase == 0 ? edit_->compute(x_) : multiply_edited_input();
-    } else {
-      phase == 0 ? multiply_to_product() : phase == 1 ? edit_->compute(rounded_product_.data()) : store_edited_output();
-    }
-  }
-
  private:
-  void multiply_to_result(const uint16_t* x) const {
+  void multiply(const Ahead& ahead) override { multiply_to_result(x_, ahead); }
+
+  void compute_edit(const Ahead& ahead) override {
+    edit_->compute(layer_.edits_input() ? x_ : rounded_product_.data(), ahead);
+  }
+
+  void multiply_to_result(const uint16_t* x, const Ahead& ahead) const {
     const Share share(n_);
-    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_,
+    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead,
                              [&](int64_t row, int64_t first, int64_t columns, const float* values) {
                                const float* bias = layer_.bias.data() + first;
                                store_rounded(y_ + row * n_ + first, columns, [&](int64_t i, __mmask16 there) {
@@ -60,7 +46,7 @@ class DotRows : public Job {
                              });
   }
 
-  void multiply_edited_input() const {
+  void multiply_edited_input(const Ahead& ahead) override {
     // Each thread has its own copy of x, so that none waits for another's.
     std::vector<uint16_t> own(x_, x_ + rows_ * k_);
     for (int64_t row = edit_->edited.first; row < edit_->edited.first + edit_->edited.count; ++row) {
@@ -69,12 +55,12 @@ class DotRows : public Job {
         return load_some(side + i, there) + edit_->change(row, i);
       });
     }
-    multiply_to_result(own.data());
+    multiply_to_result(own.data(), ahead);
   }
 
-  void multiply_to_product() {
+  void multiply_to_product(const Ahead& ahead) override {
     const Share share(n_);
-    dot_multiply<OfBfloat16>(x_, rows_, weight_, share.begin, share.end, k_,
+    dot_multiply<OfBfloat16>(x_, rows_, weight_, share.begin, share.end, k_, ahead,
                              [&](int64_t row, int64_t first, int64_t columns, const float* values) {
                                std::copy_n(values, columns, product_.begin() + row * n_ + first);
                                store_rounded(rounded_product_.data() + row * n_ + first, columns,
@@ -82,7 +68,7 @@ class DotRows : public Job {
                              });
   }
 
-  void store_edited_output() const {
+  void store_edited_output() override {
     const Share blocks(n_ / kBlock);
     const int64_t begin = blocks.begin * kBlock, count = blocks.end * kBlock - begin;
     for (int64_t row = 0; row < rows_; ++row) {
@@ -94,13 +80,11 @@ class DotRows : public Job {
     }
   }
 
-  const Layer& layer_;
   const int64_t rows_, n_, k_;
   const uint16_t *x_, *weight_;
   uint16_t* y_;
   std::vector<float> product_;
   std::vector<uint16_t> rounded_product_;
-  std::optional<Edit> edit_;
 };
 
 }  // namespace t2app

@@ -28,12 +28,15 @@ class Edit {
         narrow_(edit.narrow()),
         changes_(threads) {}
 
-  // Where this thread's share of V begins.
-  const void* beginning() const { return vectors_ + share().begin * narrow_; }
+  // This thread's share of V.
+  Stretch reads() const {
+    const Share share = this->share();
+    return {vectors_ + share.begin * narrow_, (share.end - share.begin) * narrow_};
+  }
 
   // This thread's part of the change, from all rows' narrow side: float32, or bfloat16 as it comes.
   template <typename Value>
-  void compute(const Value* side);
+  void compute(const Value* side, const Ahead& ahead);
 
   // Adds what all threads have computed to the edited rows, from one place of theirs to another.
   void apply(float* side, int64_t begin, int64_t end) const {
@@ -86,7 +89,7 @@ class Edit {
 constexpr int64_t kVectorBytesAtOnce = 1 << 18;
 
 template <typename Value>
-void Edit::compute(const Value* side) {
+void Edit::compute(const Value* side, const Ahead& ahead) {
   ByteRows rows(edited.count, narrow_);
   AlignedFloats row(narrow_);
   for (int64_t r = 0; r < edited.count; ++r) {
@@ -105,7 +108,7 @@ void Edit::compute(const Value* side) {
   for (int64_t begin = share.begin; begin < share.end; begin += at_once) {
     const int64_t count = std::min(at_once, share.end - begin);
     AlignedFloats weights(edited.count * count);
-    dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_,
+    dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_, ahead,
                           [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
                             const float *factors = edited.factors_of(r), offset = kByteOffset * rows.sums[r];
                             for (int64_t v = 0; v < vectors; ++v) {
@@ -115,7 +118,10 @@ void Edit::compute(const Value* side) {
                           });
     ByteRows coefficients(edited.count, count);
     for (int64_t r = 0; r < edited.count; ++r) coefficients.set(r, weights.data() + r * count);
-    combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, change);
+    // These vectors are in the cache: what comes after them is asked for in passing.
+    const int64_t end = begin + count;
+    const char* next = end < share.end ? reinterpret_cast<const char*>(vectors_ + end * narrow_) : ahead.next();
+    combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, change, next);
   }
 }
 
@@ -126,14 +132,15 @@ void Edit::compute(const Value* side) {
 constexpr int kVectorsAtOnce = kWideLanes / 2;
 
 // change += Σ factorᵢ (vᵢ · x) vᵢ over so many vectors, one after another in memory.
-inline void add_contributions(const int8_t* vectors, const float* factors, const float* x, int64_t narrow, float* change) {
+inline void add_contributions(const int8_t* vectors, const float* factors, const float* x, int64_t narrow, float* change,
+                              const Ahead& ahead) {
   WideFloats coordinates[kVectorsAtOnce], weights[kVectorsAtOnce];
   for (WideFloats& coordinate : coordinates) coordinate = all_wide(0.0f);
   for (int64_t i = 0; i < narrow; i += kWideLanes) {
     const WideFloats side = load_wide(x + i);
     for (int v = 0; v < kVectorsAtOnce; ++v) {
       const int8_t* vector = vectors + v * narrow + i;
-      if (i % kCacheLine == 0) prefetch(vector);
+      if (i % kCacheLine == 0) ahead.of(vector);
       coordinates[v] = multiply_add(load_wide(vector), side, coordinates[v]);
     }
   }
@@ -146,13 +153,13 @@ inline void add_contributions(const int8_t* vectors, const float* factors, const
 }
 
 template <>
-inline void Edit::compute(const float* side) {
+inline void Edit::compute(const float* side, const Ahead& ahead) {
   const Share share = this->share();
   float* change = own_change();
   for (int64_t v = share.begin; v < share.end; v += kVectorsAtOnce) {
     for (int64_t r = 0; r < edited.count; ++r) {
       add_contributions(vectors_ + v * narrow_, edited.factors_of(r) + v, side + (edited.first + r) * narrow_, narrow_,
-                        change + r * narrow_);
+                        change + r * narrow_, ahead);
     }
   }
 }

@@ -31,9 +31,9 @@ class EditSide : public Job {
     }
   }
 
-  const void* beginning(int phase) const override { return phase == 0 ? edit_.beginning() : nullptr; }
+  Stretch reads(int phase) const override { return phase == 0 ? edit_.reads() : Stretch(); }
 
-  void run(int phase) override { phase == 0 ? edit_.compute(side_.data()) : store_edited(); }
+  void run(int phase, const Ahead& ahead) override { phase == 0 ? edit_.compute(side_.data(), ahead) : store_edited(); }
 
  private:
   void store_edited() {

@@ -8,9 +8,7 @@
 #include <algorithm>
 
 #include "bfloat16.h"
-#include "edit.h"
-#include "job.h"
-#include "layer.h"
+#include "layer_job.h"
 
 namespace t2app {
 
@@ -18,7 +16,8 @@ constexpr int64_t kWeightRowsAtOnce = 16;
 // This thread's share of the columns of x Wᵀ for x (rows, k) in even-first order and W (n, k); `store` takes row, column
 // and value.
 template <typename Store>
-void multiply(const float* x, int64_t rows, const uint16_t* weight, int64_t n, int64_t k, const Store& store) {
+void multiply_columns(const float* x, int64_t rows, const uint16_t* weight, int64_t n, int64_t k, const Ahead& ahead,
+                      const Store& store) {
   const Share share(n);
   for (int64_t tile = share.begin; tile < share.end; tile += kWeightRowsAtOnce) {
     const int64_t tile_end = std::min(tile + kWeightRowsAtOnce, share.end);
@@ -26,20 +25,19 @@ void multiply(const float* x, int64_t rows, const uint16_t* weight, int64_t n, i
       const int64_t count = std::min(kRowsAtOnce, rows - row);
       for (int64_t o = tile; o < tile_end; ++o) {
         float result[kRowsAtOnce];
-        products(count, weight + o * k, x + row * k, k, result);
+        products(count, weight + o * k, x + row * k, k, result, ahead);
         for (int64_t r = 0; r < count; ++r) store(row + r, o, result[r]);
       }
     }
   }
 }
 
-// A layer for the rows of x, to y. An edit of the input comes before the product, one of the output after it.
-class FewRows : public Job {
+// A layer for the rows of x, to y.
+class FewRows : public LayerJob {
  public:
   FewRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : Job(!layer.edit ? 1 : layer.edits_input() ? 2 : 3),
-        layer_(layer),
+      : LayerJob(layer, tokens_of_row, threads),
         rows_(rows),
         n_(layer.out_features),
         k_(layer.in_features),
@@ -47,44 +45,34 @@ class FewRows : public Job {
         weight_(bits(layer.weight)),
         y_(y.mutable_data_ptr<at::BFloat16>()) {
     for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
-    if (layer.edit) edit_.emplace(*layer.edit, tokens_of_row, threads);
     if (layer.edits_output()) product_.resize(rows * n_);
   }
 
-  const void* beginning(int phase) const override {
-    if (edit_ && phase == (layer_.edits_input() ? 0 : 1)) return edit_->beginning();
-    return phase < 2 ? weight_ + Share(n_).begin * k_ : nullptr;
-  }
-
-  void run(int phase) override {
-    if (!edit_) {
-      multiply_to_result(x_.data());
-    } else if (layer_.edits_input()) {
-      phase == 0 ? edit_->compute(x_.data()) : multiply_edited_input();
-    } else {
-      phase == 0 ? multiply_to_product() : phase == 1 ? edit_->compute(product_.data()) : store_edited_output();
-    }
-  }
-
  private:
-  void multiply_to_result(const float* x) const {
-    multiply(x, rows_, weight_, n_, k_,
-             [&](int64_t row, int64_t o, float value) { y_[row * n_ + o] = value + layer_.bias[o]; });
+  void multiply(const Ahead& ahead) override { multiply_to_result(x_.data(), ahead); }
+
+  void compute_edit(const Ahead& ahead) override {
+    edit_->compute(layer_.edits_input() ? x_.data() : product_.data(), ahead);
   }
 
-  void multiply_edited_input() const {
+  void multiply_to_result(const float* x, const Ahead& ahead) const {
+    multiply_columns(x, rows_, weight_, n_, k_, ahead,
+                     [&](int64_t row, int64_t o, float value) { y_[row * n_ + o] = value + layer_.bias[o]; });
+  }
+
+  void multiply_edited_input(const Ahead& ahead) override {
     // Each thread has its own copy of x, so that none waits for another's.
     AlignedFloats own(x_);
     edit_->apply(own.data(), 0, k_);
-    multiply_to_result(own.data());
+    multiply_to_result(own.data(), ahead);
   }
 
-  void multiply_to_product() {
-    multiply(x_.data(), rows_, weight_, n_, k_,
-             [&](int64_t row, int64_t o, float value) { product_[row * n_ + place(o)] = value; });
+  void multiply_to_product(const Ahead& ahead) override {
+    multiply_columns(x_.data(), rows_, weight_, n_, k_, ahead,
+                     [&](int64_t row, int64_t o, float value) { product_[row * n_ + place(o)] = value; });
   }
 
-  void store_edited_output() {
+  void store_edited_output() override {
     // Whole blocks, whose elements are in another order here than in the result.
     const Share blocks(n_ / kBlock);
     const int64_t begin = blocks.begin * kBlock, end = blocks.end * kBlock;
@@ -94,12 +82,10 @@ class FewRows : public Job {
     }
   }
 
-  const Layer& layer_;
   const int64_t rows_, n_, k_;
   AlignedFloats x_, product_;
   const uint16_t* weight_;
   at::BFloat16* y_;
-  std::optional<Edit> edit_;
 };
 
 }  // namespace t2app

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "bfloat16.h"
+#include "ahead.h"
 
 namespace t2app {
 
@@ -29,9 +29,9 @@ class Job {
   explicit Job(int phases) : phases(phases) {}
   virtual ~Job() = default;
   // This thread's share of a phase, of which there are `phases`, counted from 0.
-  virtual void run(int phase) = 0;
-  // Where the memory begins that this thread reads in a phase; null where it is in the cache already.
-  virtual const void* beginning(int phase) const = 0;
+  virtual void run(int phase, const Ahead& ahead) = 0;
+  // What this thread reads in a phase.
+  virtual Stretch reads(int phase) const = 0;
 
   const int phases;
 };
@@ -53,9 +53,9 @@ inline void run(const std::vector<std::unique_ptr<Job>>& jobs, int threads) {
     if (i > 0 && phase != steps[i - 1].second) {
 #pragma omp barrier
     }
-    // While this is computed the next one's memory is on its way, which nothing else has asked for.
-    if (i + 1 < steps.size()) prefetch_beginning(steps[i + 1].first->beginning(steps[i + 1].second));
-    job->run(phase);
+    const Ahead ahead(job->reads(phase), i + 1 < steps.size() ? steps[i + 1].first->reads(steps[i + 1].second) : Stretch());
+    ahead.of_beginning();
+    job->run(phase, ahead);
   }
 }
 

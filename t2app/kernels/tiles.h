@@ -37,26 +37,11 @@ constexpr int64_t kColumnsAtOnce = kDotColumns * kWideLanes;
   return _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x08));
 }
 
-// result (R, C), its rows `apart` from each other: R rows of x by C rows of W, both of length k.
+// result (R, C), its rows `apart` from each other, from the sums of each row of x by each of W.
 template <typename Of, int R, int C>
-void dot_tile(const typename Of::Element* x, const typename Of::Element* weights, int64_t k, float* result, int64_t apart) {
+[[gnu::always_inline]] inline void store_totals(const typename Of::Sums (&sums)[R * C], float* result, int64_t apart) {
   // Registers of zeros fill up the last eight, so that every sum is taken in the same order, whatever R and C are.
   constexpr int kSums = (R * C + kSumsAtOnce - 1) / kSumsAtOnce * kSumsAtOnce;
-  typename Of::Sums sums[R * C];
-  // Else they would be set, and copied, as memory.
-#pragma GCC unroll 32
-  for (auto& sum : sums) sum = Of::zeros();
-  for (int64_t i = 0; i < k; i += Of::kBlock) {
-    typename Of::Register columns[C];
-    for (int c = 0; c < C; ++c) {
-      columns[c] = Of::load_column(weights + c * k + i);
-      prefetch(weights + c * k + i);
-    }
-    for (int r = 0; r < R; ++r) {
-      const auto row = Of::load(x + r * k + i);
-      for (int c = 0; c < C; ++c) Of::add(sums[r * C + c], row, columns[c]);
-    }
-  }
   float totals[kSums];
 #pragma GCC unroll 4
   for (int first = 0; first < kSums; first += kSumsAtOnce) {
@@ -70,13 +55,53 @@ void dot_tile(const typename Of::Element* x, const typename Of::Element* weights
   for (int r = 0; r < R; ++r) std::copy_n(totals + r * C, C, result + r * apart);
 }
 
-// The same for `rows` rows of x.
+// R rows of x by C rows of W, both of length k, side by side.
+template <typename Of, int R, int C>
+void dot_tile(const typename Of::Element* x, const typename Of::Element* weights, int64_t k, float* result, int64_t apart,
+              const Ahead& ahead = {}) {
+  typename Of::Sums sums[R * C];
+  // Else they would be set, and copied, as memory.
+#pragma GCC unroll 32
+  for (auto& sum : sums) sum = Of::zeros();
+  for (int64_t i = 0; i < k; i += Of::kBlock) {
+    typename Of::Register columns[C];
+    for (int c = 0; c < C; ++c) {
+      columns[c] = Of::load_column(weights + c * k + i);
+      ahead.of(weights + c * k + i);
+    }
+    for (int r = 0; r < R; ++r) {
+      const auto row = Of::load(x + r * k + i);
+      for (int c = 0; c < C; ++c) Of::add(sums[r * C + c], row, columns[c]);
+    }
+  }
+  store_totals<Of, R, C>(sums, result, apart);
+}
+
+// The same with the rows of W one after another, as they lie in memory, which gives them faster so.
+template <typename Of, int R, int C>
+void dot_tile_in_turn(const typename Of::Element* x, const typename Of::Element* weights, int64_t k, float* result,
+                      int64_t apart, const Ahead& ahead) {
+  typename Of::Sums sums[R * C];
+#pragma GCC unroll 32
+  for (auto& sum : sums) sum = Of::zeros();
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+    for (int64_t i = 0; i < k; i += Of::kBlock) {
+      const auto column = Of::load_column(weights + c * k + i);
+      ahead.of(weights + c * k + i);
+      for (int r = 0; r < R; ++r) Of::add(sums[r * C + c], Of::load(x + r * k + i), column);
+    }
+  }
+  store_totals<Of, R, C>(sums, result, apart);
+}
+
+// C rows of W by all rows of x.
 template <typename Of, int C>
 void dot_columns(const typename Of::Element* x, int64_t rows, const typename Of::Element* weights, int64_t k, float* result,
-                 int64_t apart) {
+                 int64_t apart, const Ahead& ahead) {
   int64_t row = 0;
   const auto tiles = [&](int count, auto tile) {
-    for (; row + count <= rows; row += count) tile(x + row * k, weights, k, result + row * apart, apart);
+    for (; row + count <= rows; row += count) tile(x + row * k, weights, k, result + row * apart, apart, ahead);
   };
   tiles(kDotRows, dot_tile<Of, kDotRows, C>);
   tiles(4, dot_tile<Of, 4, C>);
@@ -84,20 +109,43 @@ void dot_columns(const typename Of::Element* x, int64_t rows, const typename Of:
   tiles(1, dot_tile<Of, 1, C>);
 }
 
+// kSumsAtOnce rows of W by all rows of x, of which there are fewer than kDotRows.
+template <typename Of>
+void dot_columns_in_turn(const typename Of::Element* x, int64_t rows, const typename Of::Element* weights, int64_t k,
+                         float* result, int64_t apart, const Ahead& ahead) {
+  int64_t row = 0;
+  const auto tiles = [&]<int R>() {
+    constexpr int kColumns = kSumsAtOnce / R;
+    for (; row + R <= rows; row += R) {
+      for (int c = 0; c < kSumsAtOnce; c += kColumns) {
+        dot_tile_in_turn<Of, R, kColumns>(x + row * k, weights + c * k, k, result + row * apart + c, apart, ahead);
+      }
+    }
+  };
+  tiles.template operator()<4>();
+  tiles.template operator()<2>();
+  tiles.template operator()<1>();
+}
+
 // Columns begin to end of x Wᵀ for x (rows, k) and W (n, k); `store` takes a row, the first of some columns that follow
 // one another, how many they are, and their values.
 template <typename Of, typename Store>
 void dot_multiply(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
-                  int64_t end, int64_t k, const Store& store) {
+                  int64_t end, int64_t k, const Ahead& ahead, const Store& store) {
   const std::unique_ptr<float[]> results(new float[rows * kColumnsAtOnce]);
   for (int64_t first = begin; first < end; first += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, end - first);
     const auto* weights = weight + first * k;
     int64_t c = 0;
-    for (; c + kDotColumns <= count; c += kDotColumns) {
-      dot_columns<Of, kDotColumns>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce);
+    for (; rows < kDotRows && c + kSumsAtOnce <= count; c += kSumsAtOnce) {
+      dot_columns_in_turn<Of>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce, ahead);
     }
-    for (; c < count; ++c) dot_columns<Of, 1>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce);
+    for (; c + kDotColumns <= count; c += kDotColumns) {
+      dot_columns<Of, kDotColumns>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce, ahead);
+    }
+    for (; c < count; ++c) {
+      dot_columns<Of, 1>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce, ahead);
+    }
     for (int64_t row = 0; row < rows; ++row) store(row, first, count, results.get() + row * kColumnsAtOnce);
   }
 }

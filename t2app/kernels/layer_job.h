@@ -1,0 +1,57 @@
+// What a linear layer does in each phase, whichever kernel multiplies: an edit of the input comes before the product, one
+// of the output after it.
+
+#pragma once
+
+#include <optional>
+
+#include "bfloat16.h"
+#include "edit.h"
+#include "job.h"
+#include "layer.h"
+
+namespace t2app {
+
+class LayerJob : public Job {
+ public:
+  LayerJob(const Layer& layer, int64_t tokens_of_row, int64_t threads)
+      : Job(!layer.edit ? 1 : layer.edits_input() ? 2 : 3), layer_(layer) {
+    if (layer.edit) edit_.emplace(*layer.edit, tokens_of_row, threads);
+  }
+
+  Stretch reads(int phase) const override {
+    if (phase == edit_phase()) return edit_->reads();
+    if (phase != product_phase()) return {};
+    const Share rows(layer_.out_features);
+    return {bits(layer_.weight) + rows.begin * layer_.in_features,
+            (rows.end - rows.begin) * layer_.in_features * static_cast<int64_t>(sizeof(uint16_t))};
+  }
+
+  void run(int phase, const Ahead& ahead) override {
+    if (phase == edit_phase()) {
+      compute_edit(ahead);
+    } else if (phase != product_phase()) {
+      store_edited_output();
+    } else if (!edit_) {
+      multiply(ahead);
+    } else {
+      layer_.edits_input() ? multiply_edited_input(ahead) : multiply_to_product(ahead);
+    }
+  }
+
+ protected:
+  virtual void multiply(const Ahead& ahead) = 0;
+  virtual void compute_edit(const Ahead& ahead) = 0;
+  virtual void multiply_edited_input(const Ahead& ahead) = 0;
+  virtual void multiply_to_product(const Ahead& ahead) = 0;
+  virtual void store_edited_output() = 0;
+
+  const Layer& layer_;
+  std::optional<Edit> edit_;
+
+ private:
+  int product_phase() const { return layer_.edits_input() ? 1 : 0; }
+  int edit_phase() const { return !layer_.edit ? -1 : layer_.edits_input() ? 0 : 1; }
+};
+
+}  // namespace t2app
