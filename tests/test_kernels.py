@@ -182,15 +182,16 @@ def test_packed_vectors_alone_serve_a_long_prompt_and_a_gradient(shape, rows):
     model = SpectralModel(nn.Sequential(layer), {"0": basis})
     assert model.layers["0"].vectors is None
     x = random(3, DOT_ROWS // 2, shape[1])
-    found, gradients = {}, {}
+    prompt, found, gradients = {}, {}, {}
     for name, adapted_model, given in (("exact", exact, x.double()), ("packed", model, x)):
         deltas = {row: delta.clone().requires_grad_() for row in rows}
         with adapted_model.rows([{"0": deltas[row]} if row in rows else None for row in range(3)]):
             found[name] = adapted_model.model(given)
             with torch.no_grad():
-                assert torch.equal(adapted_model.model(given), found[name])
+                prompt[name] = adapted_model.model(given)
         found[name].double().square().sum().backward()
         gradients[name] = torch.stack([of_row.grad for of_row in deltas.values()])
+    assert relative_error(prompt["packed"], prompt["exact"]) < 2**-7
     assert relative_error(found["packed"], found["exact"]) < 2**-7
     assert relative_error(gradients["packed"], gradients["exact"].double()) < 2**-6
 
