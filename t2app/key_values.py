@@ -36,13 +36,17 @@ class GrowingLayer(DynamicLayer):
             # Autograd keeps what it saw: nothing may be written into it.
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+            self.begin(key_states, value_states)
         tokens = key_states.shape[-2]
         keys, values = self.extend(tokens)
         keys[..., -tokens:, :] = key_states
         values[..., -tokens:, :] = value_states
         return keys, values
+
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        """Have seen no token yet, of such keys and values (rows, heads, any number of tokens, head size)."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys[..., :0, :], values[..., :0, :]
 
     def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens and of so many more, which are the caller's to write."""

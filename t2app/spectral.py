@@ -14,7 +14,7 @@ This file knows linear layers and vectors; it does not know experts, prompts or 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -23,6 +23,7 @@ from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
 from t2app.kernels import (
+    EditedKernel,
     FastLinear,
     edits_fast,
     has_fast_linears,
@@ -37,7 +38,6 @@ from t2app.products import edited, has_products_of_many_rows
 Deltas = Mapping[str, Tensor]
 
 _FINGERPRINT_ENTRIES = 1024
-_EDIT_KERNEL = "edit"
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
 _FACTOR_TOKENS = 96
 
@@ -95,7 +95,7 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RowDeltas:
     """Which rows of a batch one layer edits, and by what.
 
@@ -103,13 +103,13 @@ class RowDeltas:
         count: rows of the batch.
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
-        kernels: the edit, and the layer under it, as kernels by their kind, made when they are first used.
+        kernel: of the edit, made when it is first used.
     """
 
     count: int
     edited: slice | Tensor
     delta: Tensor
-    kernels: dict[str, ScriptObject] = field(default_factory=dict)
+    kernel: ScriptObject | None = None
 
     @property
     def edits_all(self) -> bool:
@@ -187,38 +187,40 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
-        tokens = rows.count * x.shape[1]
-        by_factors = self.in_basis is not None and rows.edits_all
-        few = not (by_factors and tokens >= _FACTOR_TOKENS)
-        if few and not needs_gradient(x, rows.delta) and (kernel := self._layer_kernel(rows, tokens)) is not None:
-            return kernel.forward(x)
-        if by_factors:
+        if not needs_gradient(x, rows.delta) and (edited_kernel := self.edited_kernel(*x.shape[:2])) is not None:
+            return edited_kernel.kernel.forward(x, edited_kernel.edit)
+        if self._has_factors(rows):
             return self.by_factors(x, rows.delta)
         if self.edits_input:
             return self.base(self._edited(x, rows))
         return self._edited(self.base(x), rows, self.bias)
 
-    def kernel_of_plan(self, count: int) -> ScriptObject | None:
-        """What the layer is now for one token of so many rows; None where no kernel is, or the plan is for others."""
+    def edited_kernel(self, count: int, tokens: int) -> EditedKernel | None:
+        """What the layer is now for so many tokens of each of `count` rows, without a gradient.
+
+        None where no kernel is, where the factors are faster, and where the plan is for another batch.
+        """
         if not isinstance(self.base, FastLinear):
             return None
         rows = self.rows
         if rows is None:
-            return self.base.kernel_for(count)
-        return self._layer_kernel(rows, count) if rows.count == count else None
-
-    def _layer_kernel(self, rows: RowDeltas, tokens: int) -> ScriptObject | None:
-        """The whole layer for so many tokens of all rows, without a gradient; None where no kernel is."""
-        if self.packed is None or not isinstance(self.base, FastLinear) or not isinstance(rows.edited, slice):
+            return self.base.edited_kernel(count, tokens)
+        if rows.count != count or self.packed is None or not isinstance(rows.edited, slice):
             return None
-        return self.base.kernel_for(tokens, self._edit_kernel(rows), rows.kernels)
+        if self._has_factors(rows) and count * tokens >= _FACTOR_TOKENS:
+            return None
+        kernel = self.base.kernel_for(count * tokens)
+        return None if kernel is None else EditedKernel(kernel, self._edit_kernel(rows))
+
+    def _has_factors(self, rows: RowDeltas) -> bool:
+        return self.in_basis is not None and rows.edits_all
 
     def _edit_kernel(self, rows: RowDeltas) -> ScriptObject:
         """The edit of these rows in a batch; of rows that are apart, of a batch of them alone."""
-        if _EDIT_KERNEL not in rows.kernels:
+        if rows.kernel is None:
             edited_rows = rows.edited if isinstance(rows.edited, slice) else slice(0, len(rows.edited))
-            rows.kernels[_EDIT_KERNEL] = row_edit(self.packed, self.edits_input, edited_rows, rows.delta)
-        return rows.kernels[_EDIT_KERNEL]
+            rows.kernel = row_edit(self.packed, self.edits_input, edited_rows, rows.delta)
+        return rows.kernel
 
     def _edited(self, side: Tensor, rows: RowDeltas, bias: Tensor | None = None) -> Tensor:
         """The narrow side (rows, tokens, narrow) with its edited rows changed, by whatever does that fastest."""

@@ -165,13 +165,18 @@ def test_adapted_row_in_bf16_is_the_one_in_fp32_but_for_rounding(real, plain):
     ids = random_ids(plain)
     exact = Subject(plain, real.adapted, ids)
     rounded = Subject(plain, load_model(precision="bf16", layers=lambda path: True).adapted, ids)
-    rows = [exact.random_deltas(0), None, exact.random_deltas(1)]
-    expected, untouched, logits = exact.logits(rows), exact.plain_logits(), rounded.logits(rows).float()
+    untouched = exact.plain_logits()
+    errors, effects = [], []
+    # Of several mixtures, since rounding meets each another way: a tenth to a third of what a strong one does.
+    for seed in range(0, 6, 2):
+        rows = [exact.random_deltas(seed), None, exact.random_deltas(seed + 1)]
+        expected = exact.logits(rows)
+        errors.append((rounded.logits(rows).float() - expected)[[0, 2]])
+        effects.append((expected - untouched)[[0, 2]])
     # The prompt and the decoding step may take different kernels, for each of which an edit is far more than rounding.
-    for row in (0, 2):
-        for tokens in (slice(0, 11), slice(11, 12)):
-            effect = (expected - untouched)[row, tokens].norm()
-            assert (logits - expected)[row, tokens].norm() < 0.3 * effect
+    for tokens in (slice(0, 11), slice(11, 12)):
+        error, effect = (torch.cat(values)[:, tokens].norm() for values in (errors, effects))
+        assert error < 0.2 * effect
 
 
 def test_base_row_is_bit_identical_to_the_plain_model(subject):

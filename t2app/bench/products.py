@@ -77,16 +77,19 @@ def _factors(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return layer.base.kernel(kind).forward
+    kernel = layer.base.kernel(kind)
+    return lambda x: kernel.forward(x, None)
 
 
 def _kernel_edit(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return layer.base.kernel(kind, row_edit(layer.packed, layer.edits_input, *_last_half(delta))).forward
+    kernel, edit = layer.base.kernel(kind), row_edit(layer.packed, layer.edits_input, *_last_half(delta))
+    return lambda x: kernel.forward(x, edit)
 
 
 def _kernel_all(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    kernel = layer.base.kernel(kind)
     edit = row_edit(layer.packed, layer.edits_input, slice(0, len(delta)), delta)
-    return layer.base.kernel(kind, edit).forward
+    return lambda x: kernel.forward(x, edit)
 
 
 def _last_half(delta: Tensor) -> tuple[slice, Tensor]:

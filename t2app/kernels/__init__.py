@@ -13,6 +13,7 @@ from t2app.kernels.attention import use_fast_attention
 from t2app.kernels.build import has_bfloat16_arithmetic, load_kernels
 from t2app.kernels.decoder import use_fast_decoders
 from t2app.kernels.linear import (
+    EditedKernel,
     FastLinear,
     edits_fast,
     has_fast_linears,
@@ -24,6 +25,7 @@ from t2app.kernels.linear import (
 )
 
 __all__ = [
+    "EditedKernel",
     "FastLinear",
     "edits_fast",
     "has_bfloat16_arithmetic",

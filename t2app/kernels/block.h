@@ -1,8 +1,10 @@
-// A decoder block of Llama's kind for one new token a row: its layers are those that a plan uses.
+// A decoder block of Llama's kind, as a plan edits it, for the new tokens of a batch.
 
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
 
 #include <cmath>
@@ -12,30 +14,40 @@
 
 namespace t2app {
 
-// x / √(mean x² + epsilon) · weight for the rows of x, rounded where transformers rounds.
+// Below this many elements a second thread costs more than it does.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
+// x / √(mean x² + epsilon) · weight, rounded where transformers rounds.
+inline void normalize(const uint16_t* x, const uint16_t* weight, int64_t length, float epsilon, uint16_t* target) {
+  Floats even_squares = zeros(), odd_squares = zeros();
+  for (int64_t i = 0; i < length; i += kBlock) {
+    const Pairs pairs = load_pairs(x + i);
+    const Floats even = even_elements(pairs), odd = odd_elements(pairs);
+    even_squares = multiply_add(even, even, even_squares);
+    odd_squares = multiply_add(odd, odd, odd_squares);
+  }
+  const float mean = sum(even_squares + odd_squares) / length;
+  const Floats scale = all(1.0f / std::sqrt(mean + epsilon));
+  for (int64_t i = 0; i < length; i += kBlock) {
+    const Pairs pairs = load_pairs(x + i), weights = load_pairs(weight + i);
+    const Pairs normed = rounded_pairs(even_elements(pairs) * scale, odd_elements(pairs) * scale);
+    store_pairs(target + i, rounded_pairs(even_elements(normed) * even_elements(weights),
+                                          odd_elements(normed) * odd_elements(weights)));
+  }
+}
+
+// `normalize` for the rows of x.
 inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
   const int64_t length = weight.numel(), rows = x.numel() / length;
   const at::Tensor in_order = x.contiguous();
   at::Tensor y = at::empty(in_order.sizes(), in_order.options());
   const uint16_t *source = bits(in_order), *w = bits(weight);
   auto* target = reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>());
-  for (int64_t row = 0; row < rows; ++row, source += length, target += length) {
-    Floats even_squares = zeros(), odd_squares = zeros();
-    for (int64_t i = 0; i < length; i += kBlock) {
-      const Pairs pairs = load_pairs(source + i);
-      const Floats even = even_elements(pairs), odd = odd_elements(pairs);
-      even_squares = multiply_add(even, even, even_squares);
-      odd_squares = multiply_add(odd, odd, odd_squares);
+  at::parallel_for(0, rows, std::max<int64_t>(kElementsPerThread / length, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      normalize(source + row * length, w, length, static_cast<float>(epsilon), target + row * length);
     }
-    const float mean = sum(even_squares + odd_squares) / length;
-    const Floats scale = all(1.0f / std::sqrt(mean + static_cast<float>(epsilon)));
-    for (int64_t i = 0; i < length; i += kBlock) {
-      const Pairs pairs = load_pairs(source + i), weights = load_pairs(w + i);
-      const Pairs normed = rounded_pairs(even_elements(pairs) * scale, odd_elements(pairs) * scale);
-      store_pairs(target + i, rounded_pairs(even_elements(normed) * even_elements(weights),
-                                            odd_elements(normed) * odd_elements(weights)));
-    }
-  }
+  });
   return y;
 }
 
@@ -46,11 +58,13 @@ at::Tensor each(const at::Tensor& x, const at::Tensor& y, const Of& of) {
   at::Tensor result = at::empty_like(in_order);
   const uint16_t *a = bits(in_order), *b = bits(y);
   auto* target = reinterpret_cast<uint16_t*>(result.mutable_data_ptr<at::BFloat16>());
-  for (int64_t i = 0; i < result.numel(); i += kBlock) {
-    const Pairs first = load_pairs(a + i), second = load_pairs(b + i);
-    store_pairs(target + i, rounded_pairs(of(even_elements(first), even_elements(second)),
-                                          of(odd_elements(first), odd_elements(second))));
-  }
+  at::parallel_for(0, result.numel() / kBlock, kElementsPerThread / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlock; i < end * kBlock; i += kBlock) {
+      const Pairs first = load_pairs(a + i), second = load_pairs(b + i);
+      store_pairs(target + i, rounded_pairs(of(even_elements(first), even_elements(second)),
+                                            of(odd_elements(first), odd_elements(second))));
+    }
+  });
   return result;
 }
 
@@ -81,10 +95,16 @@ class Block {
  public:
   static constexpr int64_t kLayers = 7, kNorms = 2;
 
-  // layers: query, key, value, output, gate, up and down; norms: before attention and before the MLP, bfloat16.
-  Block(std::vector<c10::intrusive_ptr<Layer>> layers, std::vector<at::Tensor> norms, double epsilon, int64_t head_size,
-        double scale)
-      : layers_(std::move(layers)), norms_(std::move(norms)), epsilon_(epsilon), size_(head_size), scale_(scale) {
+  // layers: query, key, value, output, gate, up and down, and what is done to each; norms: before attention and before the
+  // MLP, bfloat16.
+  Block(std::vector<c10::intrusive_ptr<Layer>> layers, std::vector<c10::intrusive_ptr<RowEdit>> edits,
+        std::vector<at::Tensor> norms, double epsilon, int64_t head_size, double scale)
+      : layers_(std::move(layers)),
+        edits_(std::move(edits)),
+        norms_(std::move(norms)),
+        epsilon_(epsilon),
+        size_(head_size),
+        scale_(scale) {
     TORCH_CHECK(size_ % (2 * kBlock) == 0, "heads of 32·n were expected");
     for (const at::Tensor& norm : norms_) {
       TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() % kBlock == 0,
@@ -92,25 +112,27 @@ class Block {
     }
   }
 
-  // The block's output (rows, 1, hidden) for x of that shape.
+  // The block's output (rows, new tokens, hidden) for x of that shape.
   //
-  // cos, sin (1 or rows, 1, head size) are those of the new tokens' positions; keys and values (rows, key heads, tokens,
-  // head size) have room for the new token at the end, which is written; mask as for `one_token_attention`.
+  // cos, sin (1 or rows, new tokens, head size) are those of the new tokens' positions; keys and values (rows, key heads,
+  // tokens, head size) have room for the new tokens at the end, which are written; mask (1 or rows, 1, new tokens, tokens)
+  // is true for what a token attends to, and where there is none a token attends to itself and all before it.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
                      const at::Tensor& values, const std::optional<at::Tensor>& mask) const {
-    const int64_t rows = x.size(0), tokens = keys.size(2);
-    TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.scalar_type() == at::kBFloat16, "one token a row was expected");
-    TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(0) == rows && keys.size(3) == size_ && tokens > 0,
+    TORCH_CHECK(x.dim() == 3 && x.scalar_type() == at::kBFloat16, "(rows, tokens, hidden) in bfloat16 was expected");
+    const int64_t rows = x.size(0), added = x.size(1), first = keys.size(2) - added;
+    TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(0) == rows && keys.size(3) == size_ && first >= 0,
                 "keys and values do not match the batch");
-    check_angles(cos, rows);
-    check_angles(sin, rows);
+    TORCH_CHECK(mask || added == 1 || first == 0, "a mask was expected for several tokens after others");
+    check_angles(cos, rows, added);
+    check_angles(sin, rows, added);
 
     const std::vector<at::Tensor> projected = linear(these(kQuery, kKey, kValue), rms_norm(x, norms_[0], epsilon_));
-    at::Tensor queries = projected[kQuery];
-    turn(queries, cos, sin, bits_of(queries), size_, queries.size(2));
-    turn(projected[kKey], cos, sin, bits_of(keys) + (tokens - 1) * keys.stride(2), keys.stride(1), keys.stride(0));
-    keep(projected[kValue], bits_of(values) + (tokens - 1) * values.stride(2), values.stride(1), values.stride(0));
-    const at::Tensor attended = attend(queries.view({rows, -1, 1, size_}), keys, values, mask).view({rows, 1, -1});
+    at::Tensor queries = projected[kQuery].view({rows, added, -1, size_}).transpose(1, 2);
+    turn(projected[kQuery], cos, sin, queries);
+    turn(projected[kKey], cos, sin, keys.narrow(2, first, added));
+    keep(projected[kValue], values.narrow(2, first, added));
+    const at::Tensor attended = attend(queries, keys, values, mask).view({rows, added, -1});
     const at::Tensor between = sum_of(x, linear(these(kOutput), attended)[0]);
 
     const std::vector<at::Tensor> gated = linear(these(kGate, kUp), rms_norm(between, norms_[1], epsilon_));
@@ -122,52 +144,55 @@ class Block {
   enum Place { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown };
 
   template <typename... Places>
-  std::vector<const Layer*> these(Places... places) const {
-    return {layers_[places].get()...};
+  std::vector<EditedLayer> these(Places... places) const {
+    return {EditedLayer(*layers_[places], edits_[places].get())...};
   }
 
-  void check_angles(const at::Tensor& angles, int64_t rows) const {
+  void check_angles(const at::Tensor& angles, int64_t rows, int64_t added) const {
     TORCH_CHECK(angles.scalar_type() == at::kBFloat16 && angles.is_contiguous() && angles.size(-1) == size_ &&
-                    (angles.numel() == size_ || angles.numel() == rows * size_),
-                "a cosine and a sine in bfloat16 were expected for each row and place of a head");
+                    (angles.numel() == added * size_ || angles.numel() == rows * added * size_),
+                "a cosine and a sine in bfloat16 were expected for each token and place of a head");
   }
 
-  static uint16_t* bits_of(const at::Tensor& tensor) {
-    return reinterpret_cast<uint16_t*>(tensor.mutable_data_ptr<at::BFloat16>());
-  }
-
-  // The heads of `projected` (rows, 1, heads · size), turned, to `target`, whose heads and rows are so far apart.
-  void turn(const at::Tensor& projected, const at::Tensor& cos, const at::Tensor& sin, uint16_t* target,
-            int64_t head_stride, int64_t row_stride) const {
-    const int64_t angle_stride = cos.numel() == size_ ? 0 : size_;
-    each_head(projected, target, head_stride, row_stride, [&](int64_t row, const uint16_t* head, uint16_t* place) {
-      rotate(head, bits(cos) + row * angle_stride, bits(sin) + row * angle_stride, size_, place);
+  // The heads of `projected` (rows, new tokens, heads · size), turned, to `target` (rows, heads, new tokens, size).
+  void turn(const at::Tensor& projected, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& target) const {
+    const int64_t added = projected.size(1), of_row = cos.numel() == added * size_ ? 0 : added * size_;
+    each_head(projected, target, [&](int64_t row, int64_t token, const uint16_t* head, uint16_t* place) {
+      const int64_t angle = row * of_row + token * size_;
+      rotate(head, bits(cos) + angle, bits(sin) + angle, size_, place);
     });
   }
 
-  void keep(const at::Tensor& projected, uint16_t* target, int64_t head_stride, int64_t row_stride) const {
-    each_head(projected, target, head_stride, row_stride,
-              [&](int64_t, const uint16_t* head, uint16_t* place) { std::copy_n(head, size_, place); });
+  void keep(const at::Tensor& projected, const at::Tensor& target) const {
+    each_head(projected, target, [&](int64_t, int64_t, const uint16_t* head, uint16_t* place) {
+      std::copy_n(head, size_, place);
+    });
   }
 
   template <typename Do>
-  void each_head(const at::Tensor& projected, uint16_t* target, int64_t head_stride, int64_t row_stride,
-                 const Do& act) const {
-    const int64_t rows = projected.size(0), heads = projected.size(2) / size_;
+  void each_head(const at::Tensor& projected, const at::Tensor& target, const Do& act) const {
+    const int64_t rows = target.size(0), heads = target.size(1), added = target.size(2);
+    const uint16_t* head = bits(projected);
+    auto* first = reinterpret_cast<uint16_t*>(target.mutable_data_ptr<at::BFloat16>());
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t head = 0; head < heads; ++head) {
-        act(row, bits(projected) + (row * heads + head) * size_, target + row * row_stride + head * head_stride);
+      for (int64_t token = 0; token < added; ++token) {
+        uint16_t* place = first + row * target.stride(0) + token * target.stride(2);
+        for (int64_t h = 0; h < heads; ++h, head += size_) act(row, token, head, place + h * target.stride(1));
       }
     }
   }
 
+  // (rows, new tokens, heads, size)
   at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                     const std::optional<at::Tensor>& mask) const {
     RECORD_FUNCTION("t2app::attention", {});
-    return one_token_attention(queries, keys, values, mask, scale_);
+    if (queries.size(2) == 1) return one_token_attention(queries, keys, values, mask, scale_);
+    const bool shares_heads = queries.size(1) != keys.size(1);
+    return at::scaled_dot_product_attention(queries, keys, values, mask, 0.0, !mask, scale_, shares_heads).transpose(1, 2);
   }
 
   const std::vector<c10::intrusive_ptr<Layer>> layers_;
+  const std::vector<c10::intrusive_ptr<RowEdit>> edits_;  // null where no row is edited
   const std::vector<at::Tensor> norms_;
   const double epsilon_;
   const int64_t size_;

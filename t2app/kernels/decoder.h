@@ -1,4 +1,4 @@
-// All decoder blocks of a model of Llama's kind in one call, for one new token a row.
+// All decoder blocks of a model of Llama's kind in one call.
 //
 // Of a step of a 135M model Python and the calls of small operations take a third of the time where each of them is a
 // call of its own (`bench profile`).
@@ -10,23 +10,28 @@
 namespace t2app {
 
 struct Decoder : torch::CustomClassHolder {
-  // layers: those of each block, norms: those of each and the one after the last, both as `Block` takes them.
-  Decoder(const std::vector<c10::intrusive_ptr<Layer>>& layers, const std::vector<at::Tensor>& norms, double epsilon,
-          int64_t head_size, double scale)
+  // layers and their edits: those of each block, norms: those of each and the one after the last, as `Block` takes them.
+  Decoder(const std::vector<c10::intrusive_ptr<Layer>>& layers,
+          const std::vector<std::optional<c10::intrusive_ptr<RowEdit>>>& edits, const std::vector<at::Tensor>& norms,
+          double epsilon, int64_t head_size, double scale)
       : norm_(norms.at(norms.size() - 1)), epsilon_(epsilon) {
     const size_t blocks = layers.size() / Block::kLayers;
     TORCH_CHECK(layers.size() == blocks * Block::kLayers && norms.size() == blocks * Block::kNorms + 1,
                 "seven layers and two norms a block were expected, and a norm after the last");
-    auto layer = layers.begin();
-    auto norm = norms.begin();
-    for (size_t block = 0; block < blocks; ++block, layer += Block::kLayers, norm += Block::kNorms) {
-      blocks_.emplace_back(std::vector(layer, layer + Block::kLayers), std::vector(norm, norm + Block::kNorms), epsilon,
+    TORCH_CHECK(edits.size() == layers.size(), "an edit or none was expected for each layer");
+    for (size_t block = 0; block < blocks; ++block) {
+      const size_t first = block * Block::kLayers;
+      std::vector<c10::intrusive_ptr<Layer>> own(layers.begin() + first, layers.begin() + first + Block::kLayers);
+      std::vector<c10::intrusive_ptr<RowEdit>> own_edits;
+      for (size_t i = first; i < first + Block::kLayers; ++i) own_edits.push_back(edits[i].value_or(nullptr));
+      const auto norm = norms.begin() + block * Block::kNorms;
+      blocks_.emplace_back(std::move(own), std::move(own_edits), std::vector(norm, norm + Block::kNorms), epsilon,
                            head_size, scale);
     }
   }
 
-  // What the output layer takes, (rows, 1, hidden), for embeddings x of that shape; keys and values are those of each
-  // block, and all else is as for `Block`.
+  // What the output layer takes, (rows, new tokens, hidden), for embeddings x of that shape; keys and values are those of
+  // each block, and all else is as for `Block`.
   at::Tensor forward(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const std::vector<at::Tensor>& keys,
                      const std::vector<at::Tensor>& values, const std::optional<at::Tensor>& mask) const {
     TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),

@@ -1,10 +1,11 @@
-"""All blocks of a decoder of Llama's kind in one call where each row has one new token, on a CPU in bfloat16."""
+"""All blocks of a decoder of Llama's kind in one call, for a token or a short prompt a row, on a CPU in bfloat16."""
 
 from operator import is_not
 
 import torch
 from torch import ScriptObject, Tensor, nn
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from t2app.kernels.attention import attends_fast
@@ -54,7 +55,10 @@ def _norms(decoder: nn.Module) -> list[nn.Module]:
 
 
 class FastDecoder:
-    """A decoder's `forward`: the kernel for one token a row without a gradient, and transformers' own else."""
+    """A decoder's `forward`: the kernel where all layers have one for so many tokens, and transformers' own else.
+
+    There is none with a gradient, without a cache to fill, nor in a sliding window.
+    """
 
     def __init__(self, decoder: nn.Module):
         self._decoder, self._own = decoder, decoder.forward
@@ -62,7 +66,8 @@ class FastDecoder:
         norms, attention = _norms(decoder), decoder.layers[0].self_attn
         self._weights_of_norms = [norm.weight for norm in norms]
         self._settings = (norms[0].variance_epsilon, attention.head_dim, attention.scaling)
-        self._count, self._used = 0, []
+        self._shape, self._used = (0, 0), []
+        self._key_heads = attention.k_proj.out_features // attention.head_dim
         self._kernel: ScriptObject | None = None
 
     def __call__(
@@ -77,16 +82,11 @@ class FastDecoder:
     ) -> BaseModelOutputWithPast:
         new = inputs_embeds if input_ids is None else input_ids  # (rows, tokens) or (rows, tokens, hidden)
         plain = use_cache and not others and (attention_mask is None or attention_mask.dim() == 2)
-        if plain and new.shape[1] == 1 and not torch.is_grad_enabled() and _has_seen(cache):
-            kernel = self._kernel_for(len(new))
+        if plain and not torch.is_grad_enabled() and _grows(cache):
+            kernel = self._kernel_for(*new.shape[:2])
             if kernel is not None:
                 x = self._decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-                if position_ids is None:
-                    position_ids = torch.tensor([[cache.get_seq_length()]])
-                cos, sin = self._decoder.rotary_emb(x, position_ids)
-                mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()
-                keys, values = zip(*(layer.extend(1) for layer in cache.layers), strict=True)
-                return BaseModelOutputWithPast(kernel.forward(x, cos, sin, keys, values, mask), cache)
+                return BaseModelOutputWithPast(self._run(kernel, x, attention_mask, position_ids, cache), cache)
         return self._own(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -97,25 +97,43 @@ class FastDecoder:
             **others,
         )
 
-    def _kernel_for(self, count: int) -> ScriptObject | None:
+    def _run(
+        self, kernel: ScriptObject, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache
+    ) -> Tensor:
+        """The output (rows, tokens, hidden) for embeddings of that shape; the cache takes the tokens in."""
+        rows, tokens, _ = x.shape
+        if positions is None:
+            positions = cache.get_seq_length() + torch.arange(tokens)[None]
+        cos, sin = self._decoder.rotary_emb(x, positions)
+        if tokens > 1:
+            mask = create_causal_mask(self._decoder.config, x, mask, cache, positions)
+        elif mask is not None:
+            mask = mask[:, None, None, :].bool()
+        none = x.new_empty(rows, self._key_heads, 0, cos.shape[-1])
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                layer.begin(none, none)
+        keys, values = zip(*(layer.extend(tokens) for layer in cache.layers), strict=True)
+        return kernel.forward(x, cos, sin, keys, values, mask)
+
+    def _kernel_for(self, rows: int, tokens: int) -> ScriptObject | None:
         """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
         layers = [modules[name] for modules, name in self._places]
         used = [*layers, *(getattr(layer, "rows", None) for layer in layers)]
         # By identity: the plans of two layers cannot be compared.
-        if count != self._count or any(map(is_not, used, self._used)):
-            self._count, self._used, self._kernel = count, used, self._made(layers, count)
+        if (rows, tokens) != self._shape or any(map(is_not, used, self._used)):
+            self._shape, self._used, self._kernel = (rows, tokens), used, self._made(layers, rows, tokens)
         return self._kernel
 
-    def _made(self, layers: list[nn.Module], count: int) -> ScriptObject | None:
-        if not all(hasattr(layer, "kernel_of_plan") for layer in layers):
+    def _made(self, layers: list[nn.Module], rows: int, tokens: int) -> ScriptObject | None:
+        if not all(hasattr(layer, "edited_kernel") for layer in layers):
             return None
-        kernels = [layer.kernel_of_plan(count) for layer in layers]
+        kernels = [layer.edited_kernel(rows, tokens) for layer in layers]
         if any(kernel is None for kernel in kernels):
             return None
-        return torch.classes.t2app.Decoder(kernels, self._weights_of_norms, *self._settings)
+        return torch.classes.t2app.Decoder(*zip(*kernels, strict=True), self._weights_of_norms, *self._settings)
 
 
-def _has_seen(cache: Cache | None) -> bool:
-    """Whether there are tokens to go on from, with room for more in every block."""
-    layers = () if cache is None else cache.layers
-    return bool(layers) and all(isinstance(layer, GrowingLayer) and layer.is_initialized for layer in layers)
+def _grows(cache: Cache | None) -> bool:
+    """Whether there is room for more tokens in every block."""
+    return cache is not None and bool(cache.layers) and all(isinstance(layer, GrowingLayer) for layer in cache.layers)

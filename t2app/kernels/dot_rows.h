@@ -14,16 +14,16 @@ namespace t2app {
 // `FewRows` for more of them. The edited side is rounded to bfloat16 once more.
 class DotRows : public LayerJob {
  public:
-  DotRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
+  DotRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : LayerJob(layer, tokens_of_row, threads),
+      : LayerJob(edited, tokens_of_row, threads),
         rows_(rows),
-        n_(layer.out_features),
-        k_(layer.in_features),
+        n_(layer_.out_features),
+        k_(layer_.in_features),
         x_(bits(x)),
-        weight_(bits(layer.weight)),
+        weight_(bits(layer_.weight)),
         y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
-    if (!layer.edits_output()) return;
+    if (!edited.edits_output()) return;
     product_.resize(rows * n_);
     rounded_product_.resize(rows * n_);
   }
@@ -32,7 +32,7 @@ class DotRows : public LayerJob {
   void multiply(const Ahead& ahead) override { multiply_to_result(x_, ahead); }
 
   void compute_edit(const Ahead& ahead) override {
-    edit_->compute(layer_.edits_input() ? x_ : rounded_product_.data(), ahead);
+    edit_->compute(edits_input_ ? x_ : rounded_product_.data(), ahead);
   }
 
   void multiply_to_result(const uint16_t* x, const Ahead& ahead) const {

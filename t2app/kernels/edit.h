@@ -38,13 +38,15 @@ class Edit {
   template <typename Value>
   void compute(const Value* side, const Ahead& ahead);
 
-  // Adds what all threads have computed to the edited rows, from one place of theirs to another.
+  // Adds what all threads have computed to the edited rows, in whole blocks from one place of theirs to another. The
+  // changes are summed before they are added, so that one thread rounds as two do.
   void apply(float* side, int64_t begin, int64_t end) const {
     for (int64_t row = 0; row < edited.count; ++row) {
       float* target = side + (edited.first + row) * narrow_;
-      for (int64_t t = 0; t < omp_get_num_threads(); ++t) {
-        const float* change = changes_[t].data() + row * narrow_;
-        for (int64_t i = begin; i < end; ++i) target[i] += change[i];
+      for (int64_t i = begin; i < end; i += kLanes) {
+        Floats change = zeros();
+        for (int64_t t = 0; t < omp_get_num_threads(); ++t) change = change + load(changes_[t].data() + row * narrow_ + i);
+        store(target + i, load(target + i) + change);
       }
     }
   }

@@ -35,24 +35,24 @@ void multiply_columns(const float* x, int64_t rows, const uint16_t* weight, int6
 // A layer for the rows of x, to y.
 class FewRows : public LayerJob {
  public:
-  FewRows(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
+  FewRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : LayerJob(layer, tokens_of_row, threads),
+      : LayerJob(edited, tokens_of_row, threads),
         rows_(rows),
-        n_(layer.out_features),
-        k_(layer.in_features),
+        n_(layer_.out_features),
+        k_(layer_.in_features),
         x_(rows * k_),
-        weight_(bits(layer.weight)),
+        weight_(bits(layer_.weight)),
         y_(y.mutable_data_ptr<at::BFloat16>()) {
     for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
-    if (layer.edits_output()) product_.resize(rows * n_);
+    if (edited.edits_output()) product_.resize(rows * n_);
   }
 
  private:
   void multiply(const Ahead& ahead) override { multiply_to_result(x_.data(), ahead); }
 
   void compute_edit(const Ahead& ahead) override {
-    edit_->compute(layer_.edits_input() ? x_.data() : product_.data(), ahead);
+    edit_->compute(edits_input_ ? x_.data() : product_.data(), ahead);
   }
 
   void multiply_to_result(const float* x, const Ahead& ahead) const {

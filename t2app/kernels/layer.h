@@ -1,4 +1,4 @@
-// A linear layer, and how a plan edits it, checked and prepared once.
+// A linear layer, checked and prepared once, and what a plan does to it.
 
 #pragma once
 
@@ -16,18 +16,14 @@ constexpr bool kMultipliesBfloat16 = false;
 #endif
 
 struct Layer : torch::CustomClassHolder {
-  // y = x Wᵀ + b, with W' in place of W for the rows that `edit` names.
-  //
-  // weight (out_features, in_features) and bias (out_features,) are bfloat16. dot: multiply bfloat16 as it is, on CPUs that
-  // can.
-  Layer(const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool dot,
-        const std::optional<c10::intrusive_ptr<RowEdit>>& edit)
+  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16. dot: multiply bfloat16 as it
+  // is, on CPUs that can.
+  Layer(const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool dot)
       : weight(weight),
         out_features(weight.size(0)),
         in_features(weight.size(1)),
         bias(out_features, 0.0f),
-        dot(dot),
-        edit(edit ? *edit : nullptr) {
+        dot(dot) {
     TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.dim() == 2,
                 "a contiguous weight in bfloat16 was expected");
     TORCH_CHECK(!dot || kMultipliesBfloat16, "this CPU does not multiply bfloat16");
@@ -37,21 +33,29 @@ struct Layer : torch::CustomClassHolder {
       TORCH_CHECK(wide.numel() == out_features, "the bias does not match the weight");
       std::copy_n(wide.const_data_ptr<float>(), out_features, this->bias.begin());
     }
-    TORCH_CHECK(!this->edit || this->edit->narrow() == (this->edit->edits_input ? in_features : out_features),
-                "singular vectors that match the layer were expected");
   }
-
-  bool edits_input() const { return edit && edit->edits_input; }
-  bool edits_output() const { return edit && !edit->edits_input; }
 
   const at::Tensor weight;
   const int64_t out_features, in_features;
   std::vector<float> bias;
   const bool dot;
-  const c10::intrusive_ptr<RowEdit> edit;  // null where no row is edited
 
  private:
   int64_t block() const { return dot ? 2 * kBlock : kBlock; }
+};
+
+// A layer with W' in place of W for the rows that `edit` names, which is null where there are none.
+struct EditedLayer {
+  EditedLayer(const Layer& layer, const RowEdit* edit) : layer(layer), edit(edit) {
+    TORCH_CHECK(edit == nullptr || edit->narrow() == (edit->edits_input ? layer.in_features : layer.out_features),
+                "singular vectors that match the layer were expected");
+  }
+
+  bool edits_input() const { return edit != nullptr && edit->edits_input; }
+  bool edits_output() const { return edit != nullptr && !edit->edits_input; }
+
+  const Layer& layer;
+  const RowEdit* const edit;
 };
 
 }  // namespace t2app

@@ -14,9 +14,11 @@ namespace t2app {
 
 class LayerJob : public Job {
  public:
-  LayerJob(const Layer& layer, int64_t tokens_of_row, int64_t threads)
-      : Job(!layer.edit ? 1 : layer.edits_input() ? 2 : 3), layer_(layer) {
-    if (layer.edit) edit_.emplace(*layer.edit, tokens_of_row, threads);
+  LayerJob(const EditedLayer& edited, int64_t tokens_of_row, int64_t threads)
+      : Job(edited.edit == nullptr ? 1 : edited.edits_input() ? 2 : 3),
+        layer_(edited.layer),
+        edits_input_(edited.edits_input()) {
+    if (edited.edit != nullptr) edit_.emplace(*edited.edit, tokens_of_row, threads);
   }
 
   Stretch reads(int phase) const override {
@@ -35,7 +37,7 @@ class LayerJob : public Job {
     } else if (!edit_) {
       multiply(ahead);
     } else {
-      layer_.edits_input() ? multiply_edited_input(ahead) : multiply_to_product(ahead);
+      edits_input_ ? multiply_edited_input(ahead) : multiply_to_product(ahead);
     }
   }
 
@@ -47,11 +49,12 @@ class LayerJob : public Job {
   virtual void store_edited_output() = 0;
 
   const Layer& layer_;
+  const bool edits_input_;
   std::optional<Edit> edit_;
 
  private:
-  int product_phase() const { return layer_.edits_input() ? 1 : 0; }
-  int edit_phase() const { return !layer_.edit ? -1 : layer_.edits_input() ? 0 : 1; }
+  int product_phase() const { return edits_input_ ? 1 : 0; }
+  int edit_phase() const { return !edit_ ? -1 : edits_input_ ? 0 : 1; }
 };
 
 }  // namespace t2app

@@ -16,18 +16,20 @@ TORCH_LIBRARY(t2app, library) {
   using t2app::Layer;
   using t2app::RowEdit;
   using Bias = std::optional<at::Tensor>;
+  using Edit = std::optional<c10::intrusive_ptr<RowEdit>>;
   library.class_<RowEdit>("RowEdit")
       .def(torch::init<at::Tensor, at::Tensor, at::Tensor, bool, int64_t, int64_t>())
       .def("forward", [](const c10::intrusive_ptr<RowEdit>& self, const at::Tensor& side, const Bias& bias) {
         return t2app::edited_side(*self, side, bias);
       });
   library.class_<Layer>("Layer")
-      .def(torch::init<at::Tensor, Bias, bool, std::optional<c10::intrusive_ptr<RowEdit>>>())
-      .def("forward", [](const c10::intrusive_ptr<Layer>& self, const at::Tensor& x) {
-        return t2app::linear({self.get()}, x)[0];
+      .def(torch::init<at::Tensor, Bias, bool>())
+      .def("forward", [](const c10::intrusive_ptr<Layer>& self, const at::Tensor& x, const Edit& edit) {
+        return t2app::linear({{*self, edit ? edit->get() : nullptr}}, x)[0];
       });
   library.class_<Decoder>("Decoder")
-      .def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, std::vector<at::Tensor>, double, int64_t, double>())
+      .def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, std::vector<Edit>, std::vector<at::Tensor>, double, int64_t,
+                       double>())
       .def("forward", &Decoder::forward);
 }
 

@@ -1,4 +1,4 @@
-// Linear layers of one input, each by the kernel that its plan names.
+// Linear layers of one input, as a plan edits them, each by its own kernel.
 
 #pragma once
 
@@ -20,36 +20,36 @@ inline int64_t threads_for(int64_t weights) {
   return std::clamp<int64_t>(weights / kWeightsPerThread, 1, omp_get_max_threads());
 }
 
-inline std::unique_ptr<Job> job_of(const Layer& layer, const at::Tensor& x, int64_t rows, int64_t tokens_of_row,
+inline std::unique_ptr<Job> job_of(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row,
                                    int64_t threads, const at::Tensor& y) {
 #ifdef __AVX512BF16__
-  if (layer.dot) return std::make_unique<DotRows>(layer, x, rows, tokens_of_row, threads, y);
+  if (edited.layer.dot) return std::make_unique<DotRows>(edited, x, rows, tokens_of_row, threads, y);
 #endif
-  return std::make_unique<FewRows>(layer, x, rows, tokens_of_row, threads, y);
+  return std::make_unique<FewRows>(edited, x, rows, tokens_of_row, threads, y);
 }
 
 // What each of the layers gives, (…, out_features), for x (…, in_features) in bfloat16; where rows are edited, x is
 // (rows, tokens, in_features). For the kernels every token is a row of its own.
-inline std::vector<at::Tensor> linear(const std::vector<const Layer*>& layers, const at::Tensor& x) {
+inline std::vector<at::Tensor> linear(const std::vector<EditedLayer>& layers, const at::Tensor& x) {
   RECORD_FUNCTION("t2app::linear", {});
   const int64_t rows = x.numel() / std::max<int64_t>(x.size(-1), 1), tokens_of_row = x.dim() == 3 ? x.size(1) : 1;
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "bfloat16 was expected");
   const at::Tensor in_order = x.contiguous();
   int64_t weights = 0;
-  for (const Layer* layer : layers) {
-    TORCH_CHECK(x.size(-1) == layer->in_features, "x does not match the weight");
-    TORCH_CHECK(!layer->edit || (x.dim() == 3 && layer->edit->first + layer->edit->edited <= x.size(0)),
+  for (const auto& [layer, edit] : layers) {
+    TORCH_CHECK(x.size(-1) == layer.in_features, "x does not match the weight");
+    TORCH_CHECK(edit == nullptr || (x.dim() == 3 && edit->first + edit->edited <= x.size(0)),
                 "the edited rows are not in the batch");
-    weights += layer->weight.numel();
+    weights += layer.weight.numel();
   }
   const int64_t threads = threads_for(weights);
   std::vector<at::Tensor> results;
   std::vector<std::unique_ptr<Job>> jobs;
-  for (const Layer* layer : layers) {
+  for (const EditedLayer& edited : layers) {
     std::vector<int64_t> shape = x.sizes().vec();
-    shape.back() = layer->out_features;
+    shape.back() = edited.layer.out_features;
     results.push_back(at::empty(shape, x.options()));
-    jobs.push_back(job_of(*layer, in_order, rows, tokens_of_row, threads, results.back()));
+    jobs.push_back(job_of(edited, in_order, rows, tokens_of_row, threads, results.back()));
   }
   run(jobs, threads);
   return results;

@@ -38,6 +38,18 @@ class PackedVectors(NamedTuple):
     scales: Tensor
 
 
+class EditedKernel(NamedTuple):
+    """A layer as a plan has it.
+
+    Attributes:
+        kernel: of a `FastLinear`.
+        edit: a `row_edit`; None where no row is edited.
+    """
+
+    kernel: ScriptObject
+    edit: ScriptObject | None
+
+
 def pack_vectors(vectors: Tensor) -> PackedVectors | None:
     """Round singular vectors (rank, narrow), one a row, to 8 bits; None where the kernel takes no such length.
 
@@ -89,14 +101,14 @@ class FastLinear(nn.Linear):
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self._plain: dict[str, ScriptObject] = {}
+        self._kernels: dict[str, ScriptObject] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         kernel = self.kernel_for(x.numel() // x.shape[-1])
         if kernel is not None:
-            return kernel.forward(x)
+            return kernel.forward(x, None)
         rows = x.reshape(-1, x.shape[-1])
         if has_bfloat16_arithmetic():
             y = F.linear(rows, self.weight, self.bias)
@@ -105,38 +117,28 @@ class FastLinear(nn.Linear):
             y = F.linear(rows.float(), self.weight.float(), bias).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def kernel_for(
-        self, tokens: int, edit: ScriptObject | None = None, made: dict[str, ScriptObject] | None = None
-    ) -> ScriptObject | None:
-        """The fastest kernel for so many tokens of all rows together; None where there is none.
-
-        Args:
-            edit: a `row_edit`; None edits no row.
-            made: the kernels that there are of this edit, by their kind; a new one is added.
-        """
+    def kernel_for(self, tokens: int) -> ScriptObject | None:
+        """The fastest kernel for so many tokens of all rows together; None where there is none."""
         kind = _fastest_kernel(tokens, self.in_features)
-        if kind is None:
-            return None
-        made = self._plain if edit is None else made
-        if kind not in made:
-            made[kind] = self.kernel(kind, edit)
-        return made[kind]
+        return None if kind is None else self.kernel(kind)
 
-    def kernel_of_plan(self, rows: int) -> ScriptObject | None:
-        """What the layer is in a step of so many rows; `SpectralLinear`, which has plans, has the same."""
-        return self.kernel_for(rows)
+    def edited_kernel(self, rows: int, tokens: int) -> EditedKernel | None:
+        """What the layer is for so many tokens of each of so many rows; `SpectralLinear` has the same."""
+        kernel = self.kernel_for(rows * tokens)
+        return None if kernel is None else EditedKernel(kernel, None)
 
-    def kernel(self, kind: str, edit: ScriptObject | None = None) -> ScriptObject:
-        """An object whose `forward` gives Wx + bias for x (…, in_features), or where it edits, which takes x as
-        (rows, tokens, in_features), W'x + bias for the edited rows.
+    def kernel(self, kind: str) -> ScriptObject:
+        """An object whose `forward` takes x (…, in_features) and a `row_edit` or None, and gives Wx + bias, and with an
+        edit, where x is (rows, tokens, in_features), W'x + bias for the edited rows.
 
-        It has no gradient. What can be decided before a step is decided here: a step calls it in every layer.
+        It has no gradient.
 
         Args:
             kind: `FEW_KERNEL` or `DOT_KERNEL`.
-            edit: a `row_edit`; None edits no row.
         """
-        return torch.classes.t2app.Layer(self.weight, self.bias, kind == DOT_KERNEL, edit)
+        if kind not in self._kernels:
+            self._kernels[kind] = torch.classes.t2app.Layer(self.weight, self.bias, kind == DOT_KERNEL)
+        return self._kernels[kind]
 
 
 def has_fast_linears(model: nn.Module) -> bool:
