@@ -135,6 +135,7 @@ class SpectralLinear(nn.Module):
         path: of the layer in the plan that is in use.
 
     Attributes:
+        in_use: where that plan is looked up.
         packed: the singular vectors for the kernels; None without these.
         vectors: Vᵀ or Uᵀ (rank, narrow); None where the packed ones are there alone.
         in_basis: WV (out_features, rank) or UᵀW (rank, in_features); None where it is not kept.
@@ -153,7 +154,7 @@ class SpectralLinear(nn.Module):
     ):
         super().__init__()
         self.base = base
-        self._path, self._in_use = path, in_use
+        self._path, self.in_use = path, in_use
         self.edits_input = basis.edits_input
         self.singular_values = basis.singular_values
         self.device = execution_device(base)
@@ -175,7 +176,7 @@ class SpectralLinear(nn.Module):
     @property
     def rows(self) -> RowDeltas | None:
         """What the plan in use does here; None where that is nothing."""
-        plan = self._in_use.plan
+        plan = self.in_use.plan
         return None if plan is None else plan[self._path]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """All blocks of a decoder of Llama's kind in one call, for a token or a short prompt a row, on a CPU in bfloat16."""
 
-from operator import is_not
-
 import torch
 from torch import ScriptObject, Tensor, nn
 from transformers import Cache
@@ -66,7 +64,8 @@ class FastDecoder:
         norms, attention = _norms(decoder), decoder.layers[0].self_attn
         self._weights_of_norms = [norm.weight for norm in norms]
         self._settings = (norms[0].variance_epsilon, attention.head_dim, attention.scaling)
-        self._shape, self._used = (0, 0), []
+        self._in_use: list[object] = []
+        self._made_for: tuple | None = None
         self._key_heads = attention.k_proj.out_features // attention.head_dim
         self._kernel: ScriptObject | None = None
 
@@ -119,11 +118,16 @@ class FastDecoder:
     def _kernel_for(self, rows: int, tokens: int) -> ScriptObject | None:
         """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
         layers = [modules[name] for modules, name in self._places]
-        used = [*layers, *(getattr(layer, "rows", None) for layer in layers)]
-        # By identity: the plans of two layers cannot be compared.
-        if (rows, tokens) != self._shape or any(map(is_not, used, self._used)):
-            self._shape, self._used, self._kernel = (rows, tokens), used, self._made(layers, rows, tokens)
+        if self._made_for != (layers, rows, tokens, *self._plans()):
+            # Where the layers look their plan up, each place once.
+            places = (getattr(layer, "in_use", None) for layer in layers)
+            self._in_use = list({id(place): place for place in places if place is not None}.values())
+            self._made_for = (layers, rows, tokens, *self._plans())
+            self._kernel = self._made(layers, rows, tokens)
         return self._kernel
+
+    def _plans(self) -> list[object]:
+        return [place.plan for place in self._in_use]
 
     def _made(self, layers: list[nn.Module], rows: int, tokens: int) -> ScriptObject | None:
         if not all(hasattr(layer, "edited_kernel") for layer in layers):

@@ -96,7 +96,7 @@ def edits_fast(tokens: int) -> bool:
 class FastLinear(nn.Linear):
     """A linear layer that multiplies by the kernels; it shares its weight and bias with the layer it stands for."""
 
-    rows = None  # what a plan does to it, which only a `SpectralLinear` has
+    in_use = None  # where a plan would be looked up, which a `SpectralLinear` does
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
