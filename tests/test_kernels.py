@@ -220,6 +220,17 @@ def test_attention_of_one_token_is_as_exact_as_bfloat16_can_hold(heads, key_head
     assert relative_error(found, exact) < 2**-8
 
 
+def test_attention_reads_no_padding_that_fills_lanes():
+    padding, query = 16, random(1, 4, 1, 64)
+    keys, values = random(1, 2, 37, 64), random(1, 2, 38, 64)[:, :, :37]
+    mask = torch.ones(1, 1, 1, 37, dtype=torch.bool)
+    mask[..., : padding + 3] = False
+    cut = [tensor[:, :, padding:].contiguous() for tensor in (keys, values)]
+    expected, _ = fast_attention(nn.Module(), query, *cut, mask[..., padding:])
+    keys[:, :, :padding] = values[:, :, :padding] = torch.nan
+    assert torch.equal(fast_attention(nn.Module(), query, keys, values, mask)[0], expected)
+
+
 def test_attention_of_a_prompt_and_one_that_needs_a_gradient_are_torchs():
     query, keys = random(1, 2, 5, 16), random(1, 2, 5, 16)
     module = nn.Module()

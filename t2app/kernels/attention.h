@@ -99,6 +99,9 @@ inline void softmax(float* scores, int64_t tokens, float scale, const bool* seen
   for (t = 0; t < tokens; ++t) scores[t] /= total;
 }
 
+// Of the tokens that a row is padded with, as many as leave the others in their lanes, and so their sums as they are.
+inline int64_t whole_lanes(int64_t tokens) { return tokens - tokens % kLanes; }
+
 // Groups of one size, in float32.
 class WideAttention {
  public:
@@ -138,10 +141,10 @@ class DotAttention {
   }
 
   DotAttention(int64_t count, int64_t size, int64_t tokens)
-      : pairs_((tokens + 1) / 2), scores_(count * tokens), weights_(count * 2 * pairs_), outputs_(count * size) {}
+      : scores_(count * tokens), weights_(count * (tokens + 1)), outputs_(count * size) {}
 
   void attend(const Group& group) {
-    const int64_t count = group.count, size = group.size, tokens = group.tokens;
+    const int64_t count = group.count, size = group.size, tokens = group.tokens, even_tokens = tokens + tokens % 2;
     for (int64_t g = 0; g < count; ++g) {
       const uint16_t* query = group.queries + g * size;
       float* scores = scores_.data() + g * tokens;
@@ -151,15 +154,15 @@ class DotAttention {
       }
       for (; t < tokens; ++t) dot_tile<OfBfloat16, 1, 1>(query, group.keys + t * size, size, scores + t, tokens);
       softmax(scores, tokens, group.scale, group.seen);
-      store_rounded(weights_.data() + g * 2 * pairs_, tokens,
-                    [&](int64_t i, __mmask16 there) { return load_some(scores + i, there); });
+      uint16_t* weights = weights_.data() + g * even_tokens;
+      store_rounded(weights, tokens, [&](int64_t i, __mmask16 there) { return load_some(scores + i, there); });
+      if (tokens < even_tokens) weights[tokens] = 0;
     }
     combine(count, reinterpret_cast<const uint32_t*>(weights_.data()), tokens, group.values, size, outputs_.data());
     std::copy_n(outputs_.begin(), count * size, group.outputs);
   }
 
  private:
-  const int64_t pairs_;
   std::vector<float> scores_;
   std::vector<uint16_t> weights_;
   std::vector<float> outputs_;
@@ -190,16 +193,17 @@ inline at::Tensor one_token_attention(const at::Tensor& query, const at::Tensor&
   const auto group_of = [&](int64_t task) {
     const int64_t row = task / key_heads, head = task % key_heads, first = (row * heads + head * count) * size;
     const bool* row_seen = mask ? seen.const_data_ptr<bool>() + (seen.size(0) == 1 ? 0 : row * tokens) : nullptr;
+    const int64_t padding = mask ? whole_lanes(std::find(row_seen, row_seen + tokens, true) - row_seen) : 0;
     return Group{
         .queries = bits(queries) + first,
-        .keys = bits(keys) + row * keys.stride(0) + head * keys.stride(1),
-        .values = bits(values) + row * values.stride(0) + head * values.stride(1),
+        .keys = bits(keys) + row * keys.stride(0) + head * keys.stride(1) + padding * keys.stride(2),
+        .values = bits(values) + row * values.stride(0) + head * values.stride(1) + padding * values.stride(2),
         .count = count,
         .size = size,
-        .tokens = tokens,
+        .tokens = tokens - padding,
         .key_stride = keys.stride(2),
         .value_stride = values.stride(2),
-        .seen = row_seen,
+        .seen = mask ? row_seen + padding : nullptr,
         .scale = static_cast<float>(scale),
         .outputs = outputs + first,
     };
