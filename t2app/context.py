@@ -168,13 +168,15 @@ class Prefix:
         return Prefix(self.length, mixtures, context.cache)
 
 
-def compute_prefix(adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix:
-    """Run the tokens that prompts begin with, once for each distinct mixture."""
+def compute_prefix(
+    adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None], before: Prefix | None = None
+) -> Prefix:
+    """Run the tokens that prompts begin with, or go on with after `before`, once for each distinct mixture."""
     mixtures = distinct(mixtures)
-    cache = GrowingCache(adapted.model.config)
+    cache = GrowingCache(adapted.model.config) if before is None else before.cache_for(mixtures)
     with adapted.rows(mixtures):
         forward(adapted, torch.tensor([ids] * len(mixtures), device=device_of(adapted)), Context(cache, None))
-    return Prefix(len(ids), mixtures, cache)
+    return Prefix(len(ids) + (0 if before is None else before.length), mixtures, cache)
 
 
 class Beginnings:

@@ -4,9 +4,10 @@ Every row carries its own mixture, so the answers of different callers are rows 
 leave at token boundaries (continuous batching). transformers' own continuous batching packs the tokens of all requests
 into one row and draws from one generator: there is no row left to have a mixture, and company would change the draws.
 
-Whatever else runs the model, such as a first pass or a round of a search, is a piece of work that is done between two
-steps. Work and requests wait in two queues, in each of which the users take turns, and the first one in turn is
-overtaken by nobody. This file knows token ids and mixtures, and nothing of prompts or experts.
+A prompt is run in parts, so that a long one keeps nobody waiting for their next token. Whatever else runs the model,
+such as a first pass or a round of a search, is a piece of work that is done between two steps. Work and requests wait
+in two queues, in each of which the users take turns, and the first one in turn is overtaken by nobody. This file knows
+token ids and mixtures, and nothing of prompts or experts.
 """
 
 import atexit
@@ -25,7 +26,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from t2app.context import Beginnings
+from t2app.context import Beginnings, Prefix, compute_prefix, device_of
 from t2app.decoding import Batch
 from t2app.machine import memory_bytes
 from t2app.messages import Limits, Sampling, Waiting
@@ -38,6 +39,9 @@ _PATIENCE_SECONDS = 0.3
 _IDLE_SECONDS = 5.0
 # OpenMP's number for resources that are had again when they are needed.
 _OMP_PAUSE_SOFT = 1
+# Tokens of a prompt, of all its rows together, that are run between two steps of the others, by where they are run. A
+# CPU takes a third of a second for so many of a 135M model, and is no faster with more at a time (`bench products`).
+_PART_TOKENS = {"cpu": 256, "cuda": 4096}
 # Of the memory that the model leaves free: joining rows needs room for what is there and for what comes of it.
 _CACHE_SHARE = 0.5
 
@@ -85,13 +89,18 @@ class FairQueue(Generic[_T]):
 
 @dataclass(eq=False)
 class _Request:
-    """Rows to be decoded, one for each mixture, and what their caller reads: steps, then None or what went wrong."""
+    """Rows to be decoded, one for each mixture, and what their caller reads: steps, then None or what went wrong.
+
+    Attributes:
+        prefix: what was run of the prompt.
+    """
 
     prompt: Sequence[int]
     mixtures: Sequence[Deltas | None]
     sampling: Sampling
     picture: PictureInputs | None
     steps: "queue.SimpleQueue[dict[int, int] | Exception | None]" = field(default_factory=queue.SimpleQueue)
+    prefix: Prefix | None = None
     admitted: bool = False
     cancelled: bool = False
 
@@ -195,9 +204,11 @@ class Scheduler:
         self.closed = self._stopped = False
         self._thread: threading.Thread | None = None
         self.serving: Caller | None = None
-        # Touched by the thread alone: what prompts begin with, the batch, and whose its rows are, by the row's number:
-        # the request and its row.
+        self._part_tokens = _PART_TOKENS.get(device_of(adapted).type, max(_PART_TOKENS.values()))
+        # Touched by the thread alone: what prompts begin with, the request whose prompt is run, the batch, and whose
+        # its rows are, by the row's number: the request and its row.
         self._beginnings = Beginnings(adapted, beginning)
+        self._entering: _Request | None = None
         self._batch = Batch(adapted, eos_ids)
         self._running: dict[int, tuple[_Request, int]] = {}
         leave_cores()
@@ -278,31 +289,35 @@ class Scheduler:
             thread.join()
 
     def _run(self) -> None:
-        """The thread: in turns a piece of work, a request to let in, and a step of all that run."""
+        """The thread: in turns a piece of work, a part of a prompt, and a step of all that run."""
         while self._wait_for_something():
             self._drop_cancelled()
             with self._changed:
                 work = self._work.pop() if self._work else None
-                fits = self._waiting and self._fits(self._waiting.first())
-                request = self._waiting.pop() if fits else None
-                if request is not None:
-                    request.admitted = True
+                if self._entering is None and self._waiting and self._fits(self._waiting.first()):
+                    self._entering = self._waiting.pop()
+                    self._entering.admitted = True
+                    self._entering.steps.put({})
             if work is not None:
                 self._do(*work)
-            if request is not None:
-                self._admit(request)
+            if self._entering is not None:
+                self._let_in(self._entering)
             if self._running:
                 self._step()
 
     def _wait_for_something(self) -> bool:
         """Whether there is something to do; where there is not, this thread ends."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._work or self._waiting or self._running, _IDLE_SECONDS)
-            if not self._stopped and (self._work or self._waiting or self._running):
+            self._changed.wait_for(lambda: self._stopped or self._has_something, _IDLE_SECONDS)
+            if not self._stopped and self._has_something:
                 return True
             self._thread = None
             atexit.unregister(self._stop)
             return False
+
+    @property
+    def _has_something(self) -> bool:
+        return bool(self._work or self._waiting or self._entering or self._running)
 
     def _fits(self, request: _Request) -> bool:
         """Whether the rows of a request fit beside those that run, once all of them are as long as the longest gets."""
@@ -320,21 +335,33 @@ class Scheduler:
         else:
             future.set_exception(failure)
 
-    def _admit(self, request: _Request) -> None:
-        request.steps.put({})
-        tokens, failure = _attempt(lambda: self._first_tokens(request))
+    def _let_in(self, request: _Request) -> None:
+        """Run a part of a request's prompt; with the last one its rows join the batch."""
+        tokens, failure = _attempt(lambda: self._further(request))
         if failure is not None:
             request.steps.put(failure)
+        elif tokens is None:
             return
-        self._running |= {number: (request, row) for row, number in enumerate(tokens)}
-        self._deliver(tokens)
+        else:
+            self._running |= {number: (request, row) for row, number in enumerate(tokens)}
+            self._deliver(tokens)
+        self._entering = None
 
-    def _first_tokens(self, request: _Request) -> dict[int, int]:
-        prompt, mixtures, prefix = request.prompt, request.mixtures, None
-        if request.picture is None and (prefix := self._beginnings.prefix_of(prompt, mixtures)) is not None:
-            prompt = prompt[prefix.length :]
-        prompts = [prompt] * len(mixtures)
-        return self._batch.admit(prompts, mixtures, request.sampling, prefix=prefix, picture=request.picture)
+    @torch.inference_mode()
+    def _further(self, request: _Request) -> dict[int, int] | None:
+        """The first tokens of a request's rows, or None where there is more of its prompt to run."""
+        prompt, mixtures = request.prompt, request.mixtures
+        if request.picture is not None:  # it is seen in one pass
+            return self._batch.admit([prompt] * len(mixtures), mixtures, request.sampling, picture=request.picture)
+        if request.prefix is None:
+            request.prefix = self._beginnings.prefix_of(prompt, mixtures)
+        left = prompt[0 if request.prefix is None else request.prefix.length :]
+        part = max(self._part_tokens // len(mixtures), 1)
+        if len(left) > part:
+            request.prefix = compute_prefix(self._adapted, left[:part], mixtures, request.prefix)
+            return None
+        prefix, request.prefix = request.prefix, None  # its keys and values are copied
+        return self._batch.admit([left] * len(mixtures), mixtures, request.sampling, prefix=prefix)
 
     def _step(self) -> None:
         tokens, failure = _attempt(self._batch.step)
@@ -344,6 +371,8 @@ class Scheduler:
             self._give_up(failure)
 
     def _drop_cancelled(self) -> None:
+        if self._entering is not None and self._entering.cancelled:
+            self._entering = None
         cancelled = {number for number, (request, _) in self._running.items() if request.cancelled}
         if not cancelled:
             return

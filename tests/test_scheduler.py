@@ -222,6 +222,35 @@ def test_rows_of_a_caller_that_leaves_are_gone_with_the_step_that_runs(start, as
     assert [rows for rows, _, _ in passes[before + 1 :]] == [1] * len(passes[before + 1 :])
 
 
+def test_long_prompt_is_run_in_parts_between_the_steps_of_others(start, real, asked, passes):
+    prompt, mixtures, sampling = (asked[2].prompt * 20)[:300], asked[2].mixtures, Sampling(max_new_tokens=3)
+    alone = collected(decode(real.adapted, [prompt] * 2, mixtures, sampling, ()))
+    passes.clear()
+    scheduler, rows = start(eos_ids=()), [[], []]
+    with scheduler.caller("first") as first, scheduler.caller("second") as second:
+        steps = first.decode(asked[0].prompt, asked[0].mixtures, Sampling(max_new_tokens=500))
+        assert [len(next(steps)) for _ in range(2)] == [0, 2]
+        for step in second.decode(prompt, mixtures, sampling):
+            if not isinstance(step, Waiting):
+                for row, token in step.items():
+                    rows[row].append(token)
+    assert rows == alone
+    # A part is 128 tokens of both rows; what the first caller's rows have seen is shorter, until they are padded.
+    parts = [length for rows, length, padded in passes if rows == 2 and length >= 128]
+    assert parts == [128, 256, 300]
+    lengths = [length for _, length, _ in passes]
+    between = [lengths[lengths.index(part) + 1] for part in parts]
+    assert between[0] < between[1] < 128 and between[2] == 301
+
+
+def test_caller_that_leaves_while_its_prompt_is_run_has_the_rest_of_it_not_run(start, asked, passes):
+    scheduler = start()
+    with scheduler.caller("leaves") as caller:
+        assert next(caller.decode(asked[0].prompt * 50, asked[0].mixtures, Sampling(max_new_tokens=3))) == {}
+    assert answered_together(scheduler, [("stays", asked[1])]) == [asked[1].alone]
+    assert max(length for _, length, _ in passes) < len(asked[0].prompt * 50) // 2
+
+
 def test_users_take_turns_and_each_is_served_in_its_own_order():
     waiting = FairQueue()
     for number in range(4):
