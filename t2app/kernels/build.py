@@ -58,6 +58,12 @@ def load_kernels(folder: Path) -> bool:
     return True
 
 
+@cache
+def kernel_class(name: str) -> type:
+    """One of `torch.classes.t2app`, which torch makes anew every time that it is asked for."""
+    return getattr(torch.classes.t2app, name)
+
+
 def _instructions() -> list[str]:
     """The compiler's flags for what the CPU can do."""
     flags = ["-mavx2", "-mfma"]

@@ -7,7 +7,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from t2app.kernels.attention import attends_fast
-from t2app.kernels.build import WIDTH
+from t2app.kernels.build import WIDTH, kernel_class
 from t2app.kernels.linear import FastLinear
 from t2app.key_values import GrowingLayer
 
@@ -135,7 +135,7 @@ class FastDecoder:
         kernels = [layer.edited_kernel(rows, tokens) for layer in layers]
         if any(kernel is None for kernel in kernels):
             return None
-        return torch.classes.t2app.Decoder(*zip(*kernels, strict=True), self._weights_of_norms, *self._settings)
+        return kernel_class("Decoder")(*zip(*kernels, strict=True), self._weights_of_norms, *self._settings)
 
 
 def _grows(cache: Cache | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_byte_products
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_byte_products, kernel_class
 
 # Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
 # the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
@@ -85,7 +85,7 @@ def row_edit(vectors: PackedVectors, edits_input: bool, rows: slice, delta: Tens
         rows: those that are edited.
         delta: z − 1 (1 or edited rows, rank) in float32.
     """
-    return torch.classes.t2app.RowEdit(*vectors, delta, edits_input, rows.start, rows.stop - rows.start)
+    return kernel_class("RowEdit")(*vectors, delta, edits_input, rows.start, rows.stop - rows.start)
 
 
 def edits_fast(tokens: int) -> bool:
@@ -137,7 +137,7 @@ class FastLinear(nn.Linear):
             kind: `FEW_KERNEL` or `DOT_KERNEL`.
         """
         if kind not in self._kernels:
-            self._kernels[kind] = torch.classes.t2app.Layer(self.weight, self.bias, kind == DOT_KERNEL)
+            self._kernels[kind] = kernel_class("Layer")(self.weight, self.bias, kind == DOT_KERNEL)
         return self._kernels[kind]
 
 
