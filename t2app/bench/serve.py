@@ -1,23 +1,30 @@
-"""What company costs: several prompts answered at once against the same ones one after another, by one engine."""
+"""What company costs: several prompts answered at once against the same ones one after another, by one engine.
 
+And what a long prompt costs those whose answers are on their way: `longest_pause` is between two tokens of an answer,
+while another user's prompt of a thousand tokens is run.
+"""
+
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.engine import Engine
-from t2app.messages import MANUAL, Event, Sampling
+from t2app.messages import MANUAL, Event, Sampling, Token
 from t2app.models import load_model
 from t2app.tasks.dispatch import labelled_prompts
 
 _REQUESTS = 8
 _LEAST_TOKENS, _MOST_TOKENS = 64, 128
+_LONG_PROMPT_TOKENS = 1000
 _PAIRS = 3
 
 
 def bench_serve(model_name: str, precision: str) -> Iterator[Figure]:
-    """Seconds until eight prompts have both answers, each under a mixture of its own, at once and one after another.
+    """Seconds until eight prompts have both answers, each by a mixture of its own, and an answer's longest pause.
 
     Raises:
         ValueError: the model has no expert to mix.
@@ -32,10 +39,12 @@ def bench_serve(model_name: str, precision: str) -> Iterator[Figure]:
         run()  # warms up
     ways = (partial(_one_after_another, requests), partial(_at_once, requests))
     pairs = [tuple(seconds(way) for way in ways) for _ in range(_PAIRS)]
+    pauses = [_longest_pause(engine) for _ in range(_PAIRS)]
     engine.close()
     yield figure_of("serve", "serial_seconds", [serial for serial, _ in pairs], "s")
     yield figure_of("serve", "concurrent_seconds", [concurrent for _, concurrent in pairs], "s")
     yield figure_of("serve", "concurrent_over_serial", [concurrent / serial for serial, concurrent in pairs], "ratio")
+    yield figure_of("serve", "longest_pause", pauses, "s")
 
 
 def _requests(engine: Engine) -> list[Callable[[], None]]:
@@ -51,6 +60,26 @@ def _requests(engine: Engine) -> list[Callable[[], None]]:
         answer = partial(engine.answer, prompt, dispatcher, Sampling(tokens), user=f"user {number}")
         requests.append(partial(_read, answer))
     return requests
+
+
+def _longest_pause(engine: Engine) -> float:
+    """Seconds between two tokens of a prompt's answers, at most, while another user's long prompt is run."""
+    prompt, _ = labelled_prompts("train")[0]
+    long_prompt = prompt
+    while len(engine.model.prompt_ids(long_prompt)) < _LONG_PROMPT_TOKENS:
+        long_prompt += f"\n{prompt}"
+    dispatcher = engine.dispatcher(MANUAL, {engine.model.experts[0].name: 1.0})
+    times = []
+    with ThreadPoolExecutor(1) as threads:
+        for event in engine.answer(prompt, dispatcher, Sampling(_MOST_TOKENS), user="first"):
+            if not isinstance(event, Token):
+                continue
+            if not times:
+                long = partial(engine.answer, long_prompt, dispatcher, Sampling(1), user="second")
+                asked = threads.submit(_read, long)
+            times.append(time.perf_counter())
+        asked.result()
+    return max(after - before for before, after in pairwise(times))
 
 
 def _read(answer: Callable[[], Iterator[Event]]) -> None:
