@@ -5,9 +5,9 @@ leave at token boundaries (continuous batching). transformers' own continuous ba
 into one row and draws from one generator: there is no row left to have a mixture, and company would change the draws.
 
 A prompt is run in parts, so that a long one keeps nobody waiting for their next token. Whatever else runs the model,
-such as a first pass or a round of a search, is a piece of work that is done between two steps. Work and requests wait
-in two queues, in each of which the users take turns, and the first one in turn is overtaken by nobody. This file knows
-token ids and mixtures, and nothing of prompts or experts.
+such as a part of a first pass or a round of a search, is a piece of work that is done between two steps. Work and
+requests wait in two queues, in each of which the users take turns, and the first one in turn is overtaken by nobody.
+This file knows token ids and mixtures, and nothing of prompts or experts.
 """
 
 import atexit
@@ -21,15 +21,17 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
-from t2app.context import Beginnings, Prefix, compute_prefix, device_of
+from t2app.context import Beginnings, run_in_parts
 from t2app.decoding import Batch
 from t2app.machine import memory_bytes
 from t2app.messages import Limits, Sampling, Waiting
+from t2app.parts import Parts, next_part
 from t2app.spectral import Deltas, SpectralModel
 from t2app.vision import PictureInputs
 
@@ -39,9 +41,6 @@ _PATIENCE_SECONDS = 0.3
 _IDLE_SECONDS = 5.0
 # OpenMP's number for resources that are had again when they are needed.
 _OMP_PAUSE_SOFT = 1
-# Tokens of a prompt, of all its rows together, that are run between two steps of the others, by where they are run. A
-# CPU takes a third of a second for so many of a 135M model, and is no faster with more at a time (`bench products`).
-_PART_TOKENS = {"cpu": 256, "cuda": 4096}
 # Of the memory that the model leaves free: joining rows needs room for what is there and for what comes of it.
 _CACHE_SHARE = 0.5
 
@@ -92,7 +91,7 @@ class _Request:
     """Rows to be decoded, one for each mixture, and what their caller reads: steps, then None or what went wrong.
 
     Attributes:
-        prefix: what was run of the prompt.
+        parts: of running its prompt, once that has begun; they give the first tokens of its rows.
     """
 
     prompt: Sequence[int]
@@ -100,7 +99,7 @@ class _Request:
     sampling: Sampling
     picture: PictureInputs | None
     steps: "queue.SimpleQueue[dict[int, int] | Exception | None]" = field(default_factory=queue.SimpleQueue)
-    prefix: Prefix | None = None
+    parts: Parts[dict[int, int]] | None = None
     admitted: bool = False
     cancelled: bool = False
 
@@ -123,6 +122,17 @@ class Caller:
         self._work = Future()
         self._scheduler._add_work(self._user, self, self._work, work)
         return self._work
+
+    def run_in_parts(self, parts: Parts[_T]) -> Generator[Waiting, None, _T]:
+        """`run` for work in parts, between which others are served.
+
+        Raises:
+            EngineError: the GPU's memory did not suffice.
+        """
+        while True:
+            ended, result = yield from self.run(partial(next_part, parts))
+            if ended:
+                return result
 
     def run(self, work: Callable[[], _T]) -> Generator[Waiting, None, _T]:
         """`submit`, yielding that others are served while they are; returns what `work` gives, and raises what it does.
@@ -204,7 +214,6 @@ class Scheduler:
         self.closed = self._stopped = False
         self._thread: threading.Thread | None = None
         self.serving: Caller | None = None
-        self._part_tokens = _PART_TOKENS.get(device_of(adapted).type, max(_PART_TOKENS.values()))
         # Touched by the thread alone: what prompts begin with, the request whose prompt is run, the batch, and whose
         # its rows are, by the row's number: the request and its row.
         self._beginnings = Beginnings(adapted, beginning)
@@ -297,6 +306,7 @@ class Scheduler:
                 if self._entering is None and self._waiting and self._fits(self._waiting.first()):
                     self._entering = self._waiting.pop()
                     self._entering.admitted = True
+                    self._entering.parts = self._entered(self._entering)
                     self._entering.steps.put({})
             if work is not None:
                 self._do(*work)
@@ -337,31 +347,26 @@ class Scheduler:
 
     def _let_in(self, request: _Request) -> None:
         """Run a part of a request's prompt; with the last one its rows join the batch."""
-        tokens, failure = _attempt(lambda: self._further(request))
+        done, failure = _attempt(partial(next_part, request.parts))
         if failure is not None:
             request.steps.put(failure)
-        elif tokens is None:
-            return
         else:
+            ended, tokens = done
+            if not ended:
+                return
             self._running |= {number: (request, row) for row, number in enumerate(tokens)}
             self._deliver(tokens)
         self._entering = None
 
-    @torch.inference_mode()
-    def _further(self, request: _Request) -> dict[int, int] | None:
-        """The first tokens of a request's rows, or None where there is more of its prompt to run."""
-        prompt, mixtures = request.prompt, request.mixtures
-        if request.picture is not None:  # it is seen in one pass
-            return self._batch.admit([prompt] * len(mixtures), mixtures, request.sampling, picture=request.picture)
-        if request.prefix is None:
-            request.prefix = self._beginnings.prefix_of(prompt, mixtures)
-        left = prompt[0 if request.prefix is None else request.prefix.length :]
-        part = max(self._part_tokens // len(mixtures), 1)
-        if len(left) > part:
-            request.prefix = compute_prefix(self._adapted, left[:part], mixtures, request.prefix)
-            return None
-        prefix, request.prefix = request.prefix, None  # its keys and values are copied
-        return self._batch.admit([left] * len(mixtures), mixtures, request.sampling, prefix=prefix)
+    def _entered(self, request: _Request) -> Parts[dict[int, int]]:
+        """Run a request's prompt and let its rows join the batch: their first tokens."""
+        left, mixtures, prefix = request.prompt, request.mixtures, None
+        if request.picture is None:  # one is seen in a single pass
+            prefix = self._beginnings.prefix_of(left, mixtures)
+            left = left[0 if prefix is None else prefix.length :]
+            left, prefix = yield from run_in_parts(self._adapted, left, mixtures, prefix)
+        prompts = [left] * len(mixtures)
+        return self._batch.admit(prompts, mixtures, request.sampling, prefix=prefix, picture=request.picture)
 
     def _step(self) -> None:
         tokens, failure = _attempt(self._batch.step)

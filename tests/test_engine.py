@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from t2app import context
 from t2app.categories import CLASSIFIER, LABELS, OTHER, OTHER_DESCRIPTION
 from t2app.cli.output import accuracy_tables
 from t2app.dispatch import PromptDispatch, make_dispatcher
@@ -15,6 +16,7 @@ from t2app.evaluation import confusion_table, evaluate_dispatch
 from t2app.experts import Expert, ExpertError
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT, PROMPT_SOFT, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import load_model
+from t2app.parts import next_part
 from t2app.tasks.dispatch import labelled_prompts
 
 SHORT = Sampling(max_new_tokens=12)
@@ -178,6 +180,18 @@ def test_expert_of_ones_own_takes_part_by_its_label_and_description(tiny):
     decision = make_dispatcher(PROMPT, replace(tiny, experts=experts)).decide("How long must an egg boil?")
     assert set(decision.probabilities) == {"cooking", "math", OTHER}
     assert set(decision.weights) == {"mine", "maths"}
+
+
+@pytest.mark.parametrize("name", [CLASSIFIER, PROMPT])
+def test_long_prompt_is_decided_on_in_parts_as_it_is_without_a_break(real, monkeypatch, name):
+    dispatcher, prompt, parts = make_dispatcher(name, real), " ".join([SUM] * 50), 1
+    deciding = dispatcher.deciding(prompt)
+    while not (done := next_part(deciding))[0]:
+        parts += 1
+    assert parts > 2
+    monkeypatch.setitem(context._PART_TOKENS, "cpu", 10_000)
+    ended, expected = next_part(dispatcher.deciding(prompt))
+    assert ended and done[1].probabilities == pytest.approx(expected.probabilities, abs=1e-4)
 
 
 def test_labels_score_as_in_one_text_with_the_question(real):

@@ -14,11 +14,12 @@ from random_mixtures import random_deltas
 from transformers import MistralConfig
 
 from t2app.decoding import Batch, collected, decode
-from t2app.dispatch import Decision
+from t2app.dispatch import Decision, Dispatcher
 from t2app.engine import Engine, EngineError, PromptError
 from t2app.families import random_model
 from t2app.messages import MANUAL, Finished, Limits, Sampling, Token, Waiting
 from t2app.models import Model
+from t2app.parts import Parts
 from t2app.scheduler import FairQueue, Scheduler, cache_bytes_per_token, leave_cores
 from t2app.spectral import Deltas, SpectralModel
 
@@ -369,16 +370,17 @@ def test_prompt_without_memory_for_its_answer_is_refused_with_a_sentence(tiny):
         answer(engine, sampling=Sampling(max_new_tokens=200))
 
 
-class Failing:
-    """A first pass that fails."""
+class Failing(Dispatcher):
+    """A first pass that fails in its second part."""
 
     name = "failing"
 
-    def decide(self, prompt: str) -> Decision:
+    def deciding(self, prompt: str) -> Parts[Decision]:
+        yield
         raise RuntimeError("this first pass fails")
 
 
-class Slow:
+class Slow(Dispatcher):
     """A first pass that goes on until `end` is set; without experts nothing is to be decided."""
 
     name = "slow"
@@ -386,7 +388,8 @@ class Slow:
     def __init__(self):
         self.begun, self.end = threading.Event(), threading.Event()
 
-    def decide(self, prompt: str) -> Decision:
+    def deciding(self, prompt: str) -> Parts[Decision]:
+        yield
         self.begun.set()
         assert self.end.wait(PATIENCE)
         return Decision(None, {})

@@ -1,7 +1,7 @@
 """What company costs: several prompts answered at once against the same ones one after another, by one engine.
 
 And what a long prompt costs those whose answers are on their way: `longest_pause` is between two tokens of an answer,
-while another user's prompt of a thousand tokens is run.
+while another user's prompt of a thousand tokens goes through both passes.
 """
 
 import time
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.engine import Engine
-from t2app.messages import MANUAL, Event, Sampling, Token
+from t2app.messages import DEFAULT_DISPATCH, MANUAL, Event, Sampling, Token
 from t2app.models import load_model
 from t2app.tasks.dispatch import labelled_prompts
 
@@ -63,12 +63,12 @@ def _requests(engine: Engine) -> list[Callable[[], None]]:
 
 
 def _longest_pause(engine: Engine) -> float:
-    """Seconds between two tokens of a prompt's answers, at most, while another user's long prompt is run."""
+    """Seconds between two tokens of an answer, at most, while another user's long prompt goes through both passes."""
     prompt, _ = labelled_prompts("train")[0]
     long_prompt = prompt
     while len(engine.model.prompt_ids(long_prompt)) < _LONG_PROMPT_TOKENS:
         long_prompt += f"\n{prompt}"
-    dispatcher = engine.dispatcher(MANUAL, {engine.model.experts[0].name: 1.0})
+    dispatcher = engine.dispatcher(DEFAULT_DISPATCH)
     times = []
     with ThreadPoolExecutor(1) as threads:
         for event in engine.answer(prompt, dispatcher, Sampling(_MOST_TOKENS), user="first"):

@@ -10,15 +10,16 @@ from dataclasses import replace
 import torch
 
 from t2app.categories import CLASSIFIER, LABELS, question
-from t2app.context import Prefix, compute_prefix
+from t2app.context import Prefix, compute_prefix, run_in_parts
 from t2app.decoding import answer_log_probabilities
-from t2app.dispatch.dispatcher import Decision, decision_for
+from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.experts import mix
 from t2app.models import Model
+from t2app.parts import Parts
 
 
-class ClassifierDispatch:
+class ClassifierDispatch(Dispatcher):
     """Gives the whole weight to the expert whose label the classification expert answers, or none for `other`.
 
     Where the model has no classification expert the base model is asked instead, and the decision says so.
@@ -35,11 +36,13 @@ class ClassifierDispatch:
             self._beginning = model.beginning(question)
             self._prefix = self._computed(self._beginning)
 
-    def decide(self, prompt: str) -> Decision:
+    def deciding(self, prompt: str) -> Parts[Decision]:
         if self._instead is not None:
             note = f"{self._model.name} has no classification expert: the base model was asked instead."
-            return replace(self._instead.decide(prompt), note=note)
-        probabilities = dict(zip(LABELS, self._scores(prompt).softmax(0).tolist(), strict=True))
+            decision = yield from self._instead.deciding(prompt)
+            return replace(decision, note=note)
+        scores = yield from self._scores(prompt)
+        probabilities = dict(zip(LABELS, scores.softmax(0).tolist(), strict=True))
         return decision_for(max(probabilities, key=probabilities.__getitem__), probabilities, self._model.experts)
 
     @torch.inference_mode()
@@ -47,14 +50,14 @@ class ClassifierDispatch:
         """What all questions begin with, computed once."""
         return compute_prefix(self._model.adapted, beginning, [self._mixture]) if beginning else None
 
-    @torch.inference_mode()
-    def _scores(self, prompt: str) -> torch.Tensor:
+    def _scores(self, prompt: str) -> Parts[torch.Tensor]:
         """Log-probability of every label as the answer of the classification expert, (labels,)."""
         asked, prefix = self._model.prompt_ids(question(prompt)), None
         # A tokenizer may join the prompt's first characters with what comes before them.
         if self._prefix is not None and asked[: self._prefix.length] == self._beginning:
             asked, prefix = asked[self._prefix.length :], self._prefix
-        logs, mask = answer_log_probabilities(
-            self._model.adapted, [asked], [self._labels], [self._mixture], prefix=prefix
-        )
-        return (logs * mask).sum(1).float()
+        adapted, mixtures = self._model.adapted, [self._mixture]
+        asked, prefix = yield from run_in_parts(adapted, asked, mixtures, prefix)
+        with torch.inference_mode():
+            logs, mask = answer_log_probabilities(adapted, [asked], [self._labels], mixtures, prefix=prefix)
+            return (logs * mask).sum(1).float()

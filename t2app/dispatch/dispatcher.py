@@ -3,12 +3,13 @@
 A way to decide is a `Dispatcher`; there is one file for each. None of them knows how the answer is then decoded.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from t2app.experts import Alpha, Expert
 from t2app.messages import Searched
+from t2app.parts import Parts, whole
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ def softened(decision: Decision, experts: Sequence[Expert]) -> Decision:
     return replace(decision, weights={expert.name: decision.probabilities[expert.label] for expert in experts})
 
 
-class Dispatcher(Protocol):
+class Dispatcher(ABC):
     """Decides how the experts are mixed for a prompt; `name` is its name on the command line and on the page."""
 
     name: str
 
-    def decide(self, prompt: str) -> Decision: ...
+    @abstractmethod
+    def deciding(self, prompt: str) -> Parts[Decision]:
+        """Decide in parts."""
+
+    def decide(self, prompt: str) -> Decision:
+        """Decide without a break."""
+        return whole(self.deciding(prompt))

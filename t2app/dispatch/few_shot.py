@@ -1,12 +1,13 @@
 """Dispatch by a mixture that a search found (paper, section 3.2): the search was paid once, every prompt is free."""
 
-from t2app.dispatch.dispatcher import Decision
+from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.messages import few_shot
 from t2app.mixtures import KeptMixture, MixtureError
 from t2app.models import Model
+from t2app.parts import Parts
 
 
-class FewShotDispatch:
+class FewShotDispatch(Dispatcher):
     """Always decides on the kept mixture, whatever the prompt.
 
     Raises:
@@ -31,7 +32,8 @@ class FewShotDispatch:
         self._mixture = mixture
         self._weights = dict.fromkeys(present, 0.0) | dict(mixture.weights)
 
-    def decide(self, prompt: str) -> Decision:
+    def deciding(self, prompt: str) -> Parts[Decision]:
+        yield from ()  # there is nothing to compute
         found = self._mixture
         of_task = "" if found.task == found.name else f" of {found.task}"
         note = f"The mixture “{found.name}”, found on {found.shots} examples{of_task}."

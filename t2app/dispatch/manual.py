@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
-from t2app.dispatch.dispatcher import Decision
+from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.experts import ExpertError
 from t2app.messages import MANUAL
 from t2app.models import Model
+from t2app.parts import Parts
 
 
-class ManualDispatch:
+class ManualDispatch(Dispatcher):
     """Always decides on `weights`; an expert that is not named gets 0.
 
     Raises:
@@ -24,5 +25,6 @@ class ManualDispatch:
             raise ExpertError(f"there is no expert '{unknown[0]}'; this model has: {', '.join(names) or 'none'}")
         self._weights = {name: float(weights.get(name, 0.0)) for name in names}
 
-    def decide(self, prompt: str) -> Decision:
+    def deciding(self, prompt: str) -> Parts[Decision]:
+        yield from ()  # there is nothing to compute
         return Decision(label=None, weights=self._weights)

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 import torch
 
 from t2app.categories import OTHER, OTHER_DESCRIPTION
-from t2app.context import compute_prefix
+from t2app.context import compute_prefix, run_in_parts
 from t2app.decoding import answer_log_probabilities
-from t2app.dispatch.dispatcher import Decision, decision_for, softened
+from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for, softened
 from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS, Wording
 from t2app.messages import PROMPT, PROMPT_SOFT
 from t2app.models import Model
+from t2app.parts import Parts, whole
 
 
-class PromptDispatch:
+class PromptDispatch(Dispatcher):
     """Gives the whole weight to the expert whose category is the most probable, or none for `other`.
 
     Args:
@@ -42,9 +43,11 @@ class PromptDispatch:
             _Question(model, WORDINGS[wording], categories, CALIBRATIONS[calibration]) for wording in wordings
         ]
 
-    def decide(self, prompt: str) -> Decision:
-        scores = torch.stack([question.scores(prompt) for question in self._questions]).mean(0)
-        probabilities = dict(zip(self._labels, scores.softmax(0).tolist(), strict=True))
+    def deciding(self, prompt: str) -> Parts[Decision]:
+        scores = []
+        for question in self._questions:
+            scores.append((yield from question.scores(prompt)))
+        probabilities = dict(zip(self._labels, torch.stack(scores).mean(0).softmax(0).tolist(), strict=True))
         decision = decision_for(max(probabilities, key=probabilities.__getitem__), probabilities, self._experts)
         return softened(decision, self._experts) if self._soft else decision
 
@@ -58,19 +61,19 @@ class _Question:
         self._labels = [self._ids(f" {label}") for label in categories]
         beginning = model.tokenizer(wording.beginning(categories))["input_ids"]
         self._prefix = compute_prefix(model.adapted, beginning, [None])
-        self._prior = torch.stack([self._log_probabilities(text) for text in calibration]).mean(0) if calibration else 0
+        priors = [whole(self._log_probabilities(text)) for text in calibration]
+        self._prior = torch.stack(priors).mean(0) if calibration else 0
 
-    @torch.inference_mode()
-    def scores(self, prompt: str) -> torch.Tensor:
+    def scores(self, prompt: str) -> Parts[torch.Tensor]:
         """Log-probability of every label, less what the model gives it anyway, (labels,)."""
-        return self._log_probabilities(prompt) - self._prior
+        return (yield from self._log_probabilities(prompt)) - self._prior
 
-    def _log_probabilities(self, prompt: str) -> torch.Tensor:
-        question = self._ids(f"{prompt}{self._wording.after}")
-        logs, mask = answer_log_probabilities(
-            self._model.adapted, [question], [self._labels], [None], prefix=self._prefix
-        )
-        return (logs * mask).sum(1).float().log_softmax(0).cpu()
+    def _log_probabilities(self, prompt: str) -> Parts[torch.Tensor]:
+        question, adapted = self._ids(f"{prompt}{self._wording.after}"), self._model.adapted
+        question, prefix = yield from run_in_parts(adapted, question, [None], self._prefix)
+        with torch.inference_mode():
+            logs, mask = answer_log_probabilities(adapted, [question], [self._labels], [None], prefix=prefix)
+            return (logs * mask).sum(1).float().log_softmax(0).cpu()
 
     def _ids(self, text: str) -> list[int]:
         return self._model.tokenizer(text, add_special_tokens=False)["input_ids"]
