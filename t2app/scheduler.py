@@ -16,6 +16,7 @@ import gc
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -43,6 +44,9 @@ _IDLE_SECONDS = 5.0
 _OMP_PAUSE_SOFT = 1
 # Of the memory that the model leaves free: joining rows needs room for what is there and for what comes of it.
 _CACHE_SHARE = 0.5
+
+# Threads that may still let go of what they ran when Python ends, which would end it with a crash.
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 _T = TypeVar("_T")
 
@@ -286,6 +290,7 @@ class Scheduler:
             # A thread that is in the middle of a step when Python ends would end it with a crash.
             atexit.register(self._stop)
             self._thread.start()
+            _threads.add(self._thread)
         self._changed.notify_all()
 
     def _stop(self) -> None:
@@ -410,6 +415,13 @@ class Scheduler:
         free_memory()
         for request in requests:
             request.steps.put(failure)
+
+
+@atexit.register
+def _wait_for_threads() -> None:
+    """Comes after every scheduler's own end, which is registered later: threads that are not idle have been stopped."""
+    for thread in list(_threads):
+        thread.join()
 
 
 def cache_bytes_per_token(adapted: SpectralModel) -> int:

@@ -1,12 +1,16 @@
 """Many callers at once: their rows in one batch of the real model in fp32, who waits for whom, and what is refused."""
 
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,6 +500,30 @@ def test_closed_scheduler_holds_nothing_of_the_model():
         assert len(list(caller.decode([5, 6, 7], [None], Sampling(max_new_tokens=4)))) == 5
     scheduler.close()
     assert freed() is None and not set(threading.enumerate()) - threads
+
+
+@pytest.mark.parametrize("seconds", [0.305, 0.31])
+def test_python_ends_well_while_an_idle_thread_lets_go_of_a_large_model(seconds):
+    script = f"""
+        import time
+        from transformers import LlamaConfig
+        from t2app import scheduler
+        from t2app.families import random_model
+        from t2app.messages import Limits, Sampling
+        from t2app.spectral import SpectralModel
+
+        scheduler._IDLE_SECONDS = 0.3
+        config = LlamaConfig(
+            vocab_size=96, hidden_size=512, intermediate_size=1024, num_hidden_layers=40, num_attention_heads=8
+        )
+        running = scheduler.Scheduler(SpectralModel(random_model(config), {{}}), (), Limits())
+        with running.caller("somebody") as caller:
+            list(caller.decode([5, 6, 7], [None], Sampling(max_new_tokens=2)))
+        del running, caller
+        time.sleep({seconds})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, check=True, timeout=PATIENCE, cwd=Path(__file__).parents[1])
 
 
 def test_thread_that_loaded_the_model_leaves_the_cores_to_the_one_that_runs_it():
