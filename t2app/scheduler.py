@@ -261,7 +261,7 @@ class Scheduler:
             self.closed = True
             self._changed.wait_for(lambda: not self._callers)
         self._stop()
-        self._beginnings = self._batch = self._adapted = None
+        self._beginnings = self._entering = self._batch = self._adapted = None
         free_memory()
 
     def _add_work(self, user: Hashable, caller: Caller, future: Future, work: Callable) -> None:
