@@ -174,9 +174,10 @@ def test_adapted_row_in_bf16_is_the_one_in_fp32_but_for_rounding(real, plain):
         errors.append((rounded.logits(rows).float() - expected)[[0, 2]])
         effects.append((expected - untouched)[[0, 2]])
     # The prompt and the decoding step may take different kernels, for each of which an edit is far more than rounding.
-    for tokens in (slice(0, 11), slice(11, 12)):
-        error, effect = (torch.cat(values)[:, tokens].norm() for values in (errors, effects))
-        assert error < 0.2 * effect
+    for row in (0, 1):
+        for tokens in (slice(0, 11), slice(11, 12)):
+            error, effect = (torch.stack(values)[:, row, tokens].norm() for values in (errors, effects))
+            assert error < 0.3 * effect, (row, tokens, error / effect)
 
 
 def test_base_row_is_bit_identical_to_the_plain_model(subject):
