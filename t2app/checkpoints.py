@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import gguf
+import numpy
 import torch
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -228,7 +229,7 @@ def _convert(file: Path, target: Path) -> None:
     """Write a GGUF checkpoint as a bf16 safetensors checkpoint, which loads some thirty times faster."""
     # transformers reads the file's header three times and makes the table of tensor names once for every module, which
     # takes longer than all the rest of a small model's conversion.
-    with patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
+    with patch.multiple(gguf, GGUFReader=cache(_GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
         arguments = {"gguf_file": file.name, "quantization_config": GgufConfig(gguf_file=file.name, dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **arguments)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -241,3 +242,15 @@ def _convert(file: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     AutoConfig.from_pretrained(target)
+
+
+class _GGUFReader(gguf.GGUFReader):
+    """Takes the file as a plain array, of which a header's 100,000 strings are cut out in a third of the time."""
+
+    @property
+    def data(self) -> numpy.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: numpy.ndarray) -> None:
+        self._data = numpy.asarray(mapped)

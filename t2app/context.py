@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2app.key_values import GrowingCache
+from t2app.key_values import GrowingCache, GrowingLayer, capacity_for
 from t2app.parts import Parts
 from t2app.spectral import Deltas, SpectralModel, execution_device
 
@@ -48,15 +48,14 @@ class Context:
     def select(self, kept: Sequence[int]) -> None:
         """Keep these rows, and no padding that all of them share."""
         index = torch.tensor(kept)  # on the CPU: the blocks' caches may lie on several devices
+        if self.mask is not None:
+            self.mask = self.mask[index]
+            if padding := int(self.mask.any(0).int().argmax()):
+                self.mask = self.mask[:, padding:]
+                _trim(self.cache, padding)
+            if bool(self.mask.all()):
+                self.mask = None
         self.cache.batch_select_indices(index)
-        if self.mask is None:
-            return
-        self.mask = self.mask[index]
-        if padding := int(self.mask.any(0).int().argmax()):
-            self.mask = self.mask[:, padding:]
-            _trim(self.cache, padding)
-        if bool(self.mask.all()):
-            self.mask = None
 
     def joined(self, other: "Context", order: Sequence[int], device: torch.device) -> "Context":
         """These rows and the other's after them, in this order then; those that have seen less are padded on the left.
@@ -65,13 +64,21 @@ class Context:
         """
         cache = _copied(self.cache)
         for layer, others in zip(cache.layers, other.cache.layers, strict=True):
-            layer.keys = _stacked(layer.keys, others.keys, order, dim=2)
-            layer.values = _stacked(layer.values, others.values, order, dim=2)
+            length = max(layer.keys.shape[2], others.keys.shape[2])
+            grows = isinstance(layer, GrowingLayer)
+            both = (layer.keys, others.keys), (layer.values, others.values)
+            capacity = capacity_for(length) if grows else length
+            keys, values = (_stacked(*tensors, order, capacity, dim=2) for tensors in both)
+            if grows:
+                layer.hold(keys, values, length)
+            else:
+                layer.keys, layer.values = keys, values
             if layer.is_sliding:
                 layer.cumulative_length = max(layer.get_seq_length(), others.get_seq_length())
         if self.mask is None and other.mask is None and self._tokens == other._tokens:
             return Context(cache, None)
-        return Context(cache, _stacked(self._whole_mask(device), other._whole_mask(device), order, dim=1))
+        masks = self._whole_mask(device), other._whole_mask(device)
+        return Context(cache, _stacked(*masks, order, max(mask.shape[1] for mask in masks), dim=1))
 
     @property
     def _tokens(self) -> int:
@@ -90,13 +97,17 @@ def _copied(cache: GrowingCache) -> GrowingCache:
     return copied
 
 
-def _stacked(first: Tensor, second: Tensor, order: Sequence[int], dim: int) -> Tensor:
-    """The rows of both in this order, the shorter one's padded with zeros before what they have in `dim`."""
+def _stacked(first: Tensor, second: Tensor, order: Sequence[int], capacity: int, dim: int) -> Tensor:
+    """The rows of both in this order, of length `capacity` in `dim`: the shorter one's are padded with zeros before
+    what they have, and behind it is room.
+    """
     length = max(first.shape[dim], second.shape[dim])
-    stacked = first.new_zeros(len(order), *first.shape[1:dim], length, *first.shape[dim + 1 :])
+    stacked = first.new_empty(len(order), *first.shape[1:dim], capacity, *first.shape[dim + 1 :])
     place = torch.tensor(order).argsort()
     for rows, places in ((first, place[: len(first)]), (second, place[len(first) :])):
-        stacked.narrow(dim, length - rows.shape[dim], rows.shape[dim])[places] = rows
+        padding = length - rows.shape[dim]
+        stacked.narrow(dim, 0, padding)[places] = 0
+        stacked.narrow(dim, padding, rows.shape[dim])[places] = rows
     return stacked
 
 

@@ -32,8 +32,7 @@ class GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Add the tokens of `key_states` and `value_states`; returns the keys and values of all tokens."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # Autograd keeps what it saw: nothing may be written into it.
+        if _recorded(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.begin(key_states, value_states)
@@ -48,17 +47,30 @@ class GrowingLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys[..., :0, :], values[..., :0, :]
 
+    def hold(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Have seen the first `length` tokens of these; what is behind them is room that nobody else writes to."""
+        self._room = keys, values
+        self.keys, self.values = (room.narrow(-2, 0, length) for room in self._room)
+
     def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens and of so many more, which are the caller's to write."""
         length = self.keys.shape[-2] + tokens
-        if not self._has_room(length):
-            capacity = length + max(_LEAST_ROOM, int(length * _ROOM_SHARE))
-            self._room = _with_room(self.keys, capacity), _with_room(self.values, capacity)
-        self.keys, self.values = (room.narrow(-2, 0, length) for room in self._room)
+        if self._has_room(length):
+            self.hold(*self._room, length)
+        else:
+            self.hold(_with_room(self.keys, length), _with_room(self.values, length), length)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, as tensors of their own."""
+        if self.get_seq_length() == 0 or _recorded(self.keys, self.values):
+            super().batch_select_indices(indices)
+            return
+        length = self.keys.shape[-2]
+        self.hold(_with_room(self.keys, length, indices), _with_room(self.values, length, indices), length)
+
     def _has_room(self, length: int) -> bool:
-        """Whether what was seen stands in the room, which it no more does once rows were chosen, and more fits."""
+        """Whether what was seen stands in the room, which it no more does once tokens were forgotten, and more fits."""
         if self._room is None:
             return False
         keys = self._room[0]
@@ -66,7 +78,23 @@ class GrowingLayer(DynamicLayer):
         return same and length <= keys.shape[-2]
 
 
-def _with_room(tokens: Tensor, capacity: int) -> Tensor:
-    room = tokens.new_empty(*tokens.shape[:-2], capacity, tokens.shape[-1])
-    room[..., : tokens.shape[-2], :] = tokens
+def capacity_for(length: int) -> int:
+    """For how many tokens there is room where so many were seen."""
+    return length + max(_LEAST_ROOM, int(length * _ROOM_SHARE))
+
+
+def _with_room(tokens: Tensor, length: int, rows: Tensor | None = None) -> Tensor:
+    """A copy of all rows of `tokens` or of these, with room for `length` tokens and more."""
+    count = len(tokens) if rows is None else len(rows)
+    room = tokens.new_empty(count, *tokens.shape[1:-2], capacity_for(length), tokens.shape[-1])
+    seen = room[..., : tokens.shape[-2], :]
+    if rows is None:
+        seen.copy_(tokens)
+    else:
+        torch.index_select(tokens, 0, rows.to(tokens.device), out=seen)
     return room
+
+
+def _recorded(keys: Tensor, values: Tensor) -> bool:
+    """Whether autograd keeps these, so that nothing may be written into them."""
+    return torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)

@@ -1,9 +1,7 @@
 """A base model made ready to be adapted: its weights, tokenizer and experts, and a basis for every layer to adapt."""
 
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
@@ -11,9 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock
 from PIL.Image import Image
-from safetensors.torch import load, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from t2app.bases import CachedBases
 from t2app.catalogue import (
     DEFAULT_MODEL,
     EXPERTS_FOLDER,
@@ -40,7 +37,7 @@ from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
 from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
 from t2app.kernels import has_bfloat16_arithmetic, load_kernels, use_kernels
 from t2app.pictures import PictureError
-from t2app.spectral import Basis, SpectralModel, basis_of, block_linear_paths, fingerprint, linear_layer
+from t2app.spectral import SpectralModel, block_linear_paths, fingerprint, linear_layer
 from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
 from t2app.weights import CheckpointWeights
 
@@ -162,7 +159,7 @@ def load_model(
         adapted_by_experts = {path for expert in (*experts, classifier) if expert is not None for path in expert.z}
         layers = adapted_by_experts.__contains__
     paths = [path for path in identity.ranks if layers(path)]
-    bases = _Bases(model, weights, identity.fingerprint, paths, together.device)
+    bases = CachedBases(model, weights, identity.fingerprint, paths, together.device)
     bases.prepare(progress)
     if kernels is not None and not kernels.done():
         progress("Compiling the kernels (once)", None)
@@ -247,54 +244,3 @@ def identity_of(model: PreTrainedModel, weights: CheckpointWeights, name: str, r
     layers = {path: linear_layer(model, path) for path in paths}
     ranks = {path: min(layer.in_features, layer.out_features) for path, layer in layers.items()}
     return WeightsIdentity(name, revision, fingerprint(weights.items(paths)), ranks)
-
-
-class _Bases(Mapping[str, Basis]):
-    """The bases of a model's layers in the cache, a file a layer; one is in memory only while somebody looks at it.
-
-    They are kept in float32: rounded to bfloat16 they would still do for a model in bfloat16, which rounds them itself,
-    but in float32 an edit is exact to a few units in the last places, and with rounded vectors it would not be.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        weights: CheckpointWeights,
-        fingerprint: str,
-        paths: Sequence[str],
-        device: torch.device,
-    ):
-        self._model, self._weights, self._paths, self._device = model, weights, paths, device
-        self._folder = cache_folder() / "bases" / fingerprint[:32]
-
-    def prepare(self, progress: Progress) -> None:
-        """Compute those that are not in the cache; a preparation that is cut off goes on from the layer it was at."""
-        if all(self._file(path).exists() for path in self._paths):
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        progress("Computing singular vectors", None)  # or waiting for the process that does
-        with FileLock(self._folder.with_suffix(".lock")):
-            for done, path in enumerate(self._paths):
-                if self._file(path).exists():
-                    continue
-                progress("Computing singular vectors", done / len(self._paths))
-                basis = basis_of(self._weights[path].to(self._device))
-                # Written beside and renamed: a process that is cut off leaves no half of a file.
-                with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".partial", delete=False) as partial:
-                    partial.close()
-                    save_file({"vectors": basis.vectors, "singular_values": basis.singular_values}, partial.name)
-                    os.replace(partial.name, self._file(path))
-
-    def __getitem__(self, path: str) -> Basis:
-        # Read as a whole: a file mapped into memory is read page by page as it is transposed, ten times slower.
-        layer = linear_layer(self._model, path)
-        return Basis(**load(self._file(path).read_bytes()), edits_input=layer.in_features <= layer.out_features)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def _file(self, path: str) -> Path:
-        return self._folder / f"{path}.safetensors"

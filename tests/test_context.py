@@ -5,7 +5,7 @@ import torch
 from random_mixtures import random_deltas
 
 from t2app import context
-from t2app.context import _MOST_KEPT_MIXTURES, Beginnings
+from t2app.context import _MOST_KEPT_MIXTURES, Beginnings, Context, compute_prefix
 from t2app.decoding import collected, decode
 from t2app.messages import Limits, Sampling
 from t2app.scheduler import Scheduler
@@ -83,3 +83,14 @@ def test_computation_that_failed_is_done_again(real, monkeypatch):
         patched.setattr(context, "forward", fails)
         beginnings.prefix_of(prompt, [None])
     assert len(beginnings.prefix_of(prompt, [None]).cache_for([None])) > 0
+
+
+def test_rows_that_join_are_copied_once_and_have_room_for_more_tokens(real):
+    long, short = (Context(compute_prefix(real.adapted, range(100, 100 + n), [None]).cache, None) for n in (30, 10))
+    joined = long.joined(short, [1, 0], torch.device("cpu"))
+    for layer, longer, shorter in zip(joined.cache.layers, long.cache.layers, short.cache.layers, strict=True):
+        keys = layer.keys
+        assert torch.equal(keys[0, :, 20:], shorter.keys[0]) and not keys[0, :, :20].any()
+        assert torch.equal(keys[1], longer.keys[0])
+        assert layer.extend(1)[0].data_ptr() == keys.data_ptr()
+    assert joined.mask.tolist() == [[0] * 20 + [1] * 10, [1] * 30]

@@ -35,6 +35,16 @@ def test_new_tokens_are_written_where_there_is_room(caches):
     assert growing.update(*states(1), 0)[0].data_ptr() == keys.data_ptr()
 
 
+def test_rows_that_are_chosen_have_room_of_their_own(caches):
+    growing = caches[0]
+    whole, _ = growing.update(*states(50), 0)
+    before = whole.clone()
+    growing.batch_select_indices(torch.tensor([1]))
+    chosen = growing.layers[0].keys
+    assert growing.update(*states(1, rows=1), 0)[0].data_ptr() == chosen.data_ptr()
+    assert torch.equal(whole, before)
+
+
 def test_rows_that_are_chosen_or_repeated_go_on_by_themselves(caches):
     assert_same(caches, 10)
     for cache in caches:

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "vector.h"
+#include "scratch.h"
 
 namespace t2app {
 

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -128,7 +127,7 @@ class WideAttention {
   }
 
  private:
-  std::vector<float> queries_, scores_, outputs_, of_token_;
+  Scratch<float> queries_, scores_, outputs_, of_token_;
 };
 
 #ifdef __AVX512BF16__
@@ -163,16 +162,16 @@ class DotAttention {
   }
 
  private:
-  std::vector<float> scores_;
-  std::vector<uint16_t> weights_;
-  std::vector<float> outputs_;
+  Scratch<float> scores_;
+  Scratch<uint16_t> weights_;
+  Scratch<float> outputs_;
 };
 #endif
 
 // The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,
 // size), all bfloat16, size divides by 16; mask (1 or rows, 1, 1, tokens) is true for what a row attends to.
 inline at::Tensor one_token_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                               const std::optional<at::Tensor>& mask, double scale) {
+                               const std::optional<at::Tensor>& mask, double scale, MakeTensor make = new_tensor) {
   const int64_t rows = query.size(0), heads = query.size(1), size = query.size(3);
   const int64_t key_heads = keys.size(1), tokens = keys.size(2), count = heads / key_heads;
   TORCH_CHECK(query.dim() == 4 && query.size(2) == 1 && heads % key_heads == 0, "one query a row was expected");
@@ -188,7 +187,7 @@ inline at::Tensor one_token_attention(const at::Tensor& query, const at::Tensor&
   TORCH_CHECK(!mask || (seen.scalar_type() == at::kBool && seen.numel() == seen.size(0) * tokens &&
                         (seen.size(0) == rows || seen.size(0) == 1)),
               "a mask of one bool a row and token was expected");
-  at::Tensor result = at::empty({rows, 1, heads, size}, query.options());
+  at::Tensor result = make({rows, 1, heads, size}, query.options());
   at::BFloat16* outputs = result.mutable_data_ptr<at::BFloat16>();
   const auto group_of = [&](int64_t task) {
     const int64_t row = task / key_heads, head = task % key_heads, first = (row * heads + head * count) * size;

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/silu.h>
+#include <c10/core/InferenceMode.h>
 
 #include <cmath>
 
@@ -37,10 +37,11 @@ inline void normalize(const uint16_t* x, const uint16_t* weight, int64_t length,
 }
 
 // `normalize` for the rows of x.
-inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
+inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon,
+                           MakeTensor make = new_tensor) {
   const int64_t length = weight.numel(), rows = x.numel() / length;
   const at::Tensor in_order = x.contiguous();
-  at::Tensor y = at::empty(in_order.sizes(), in_order.options());
+  at::Tensor y = make(in_order.sizes(), in_order.options());
   const uint16_t *source = bits(in_order), *w = bits(weight);
   auto* target = reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>());
   at::parallel_for(0, rows, std::max<int64_t>(kElementsPerThread / length, 1), [&](int64_t begin, int64_t end) {
@@ -51,29 +52,42 @@ inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double
   return y;
 }
 
-// `of` the elements of x and y, of one shape, rounded.
+// Of `length` elements, `of` each of x and of y, rounded.
 template <typename Of>
-at::Tensor each(const at::Tensor& x, const at::Tensor& y, const Of& of) {
-  const at::Tensor in_order = x.contiguous();
-  at::Tensor result = at::empty_like(in_order);
-  const uint16_t *a = bits(in_order), *b = bits(y);
+void each(const uint16_t* x, const uint16_t* y, int64_t length, const Of& of, uint16_t* target) {
+  for (int64_t i = 0; i < length; i += kBlock) {
+    const Pairs first = load_pairs(x + i), second = load_pairs(y + i);
+    store_pairs(target + i, rounded_pairs(of(even_elements(first), even_elements(second)),
+                                          of(odd_elements(first), odd_elements(second))));
+  }
+}
+
+// A tensor of x's shape in whose parts `some` writes: it takes where one begins, its length and its place.
+template <typename Some>
+at::Tensor in_parts(const at::Tensor& x, MakeTensor make, const Some& some) {
+  at::Tensor result = make(x.sizes(), x.options());
   auto* target = reinterpret_cast<uint16_t*>(result.mutable_data_ptr<at::BFloat16>());
   at::parallel_for(0, result.numel() / kBlock, kElementsPerThread / kBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kBlock; i < end * kBlock; i += kBlock) {
-      const Pairs first = load_pairs(a + i), second = load_pairs(b + i);
-      store_pairs(target + i, rounded_pairs(of(even_elements(first), even_elements(second)),
-                                            of(odd_elements(first), odd_elements(second))));
-    }
+    some(begin * kBlock, (end - begin) * kBlock, target + begin * kBlock);
   });
   return result;
 }
 
-inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y) {
-  return each(x, y, [](Floats a, Floats b) { return a + b; });
+inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y, MakeTensor make) {
+  const at::Tensor in_order = x.contiguous();
+  return in_parts(in_order, make, [&](int64_t first, int64_t length, uint16_t* target) {
+    each(bits(in_order) + first, bits(y) + first, length, [](Floats a, Floats b) { return a + b; }, target);
+  });
 }
 
-inline at::Tensor product_of(const at::Tensor& x, const at::Tensor& y) {
-  return each(x, y, [](Floats a, Floats b) { return a * b; });
+// silu(gate) · up. torch's own silu, of as many elements as each thread has: it would leave so few to one thread.
+inline at::Tensor gated(const at::Tensor& gate, const at::Tensor& up) {
+  const at::Tensor flat = gate.view(-1);
+  return in_parts(gate, scratch_tensor, [&](int64_t first, int64_t length, uint16_t* target) {
+    const c10::InferenceMode of_this_thread;
+    const at::Tensor activated = at::silu(flat.narrow(0, first, length));
+    each(bits(activated), bits(up) + first, length, [](Floats a, Floats b) { return a * b; }, target);
+  });
 }
 
 // A head's vector turned by its position: the first half a and the second b become a·cos − b·sin and b·cos + a·sin.
@@ -127,25 +141,27 @@ class Block {
     check_angles(cos, rows, added);
     check_angles(sin, rows, added);
 
-    const std::vector<at::Tensor> projected = linear(these(kQuery, kKey, kValue), rms_norm(x, norms_[0], epsilon_));
+    const std::vector<at::Tensor> projected = multiplied(normed(x, 0), kQuery, kKey, kValue);
     at::Tensor queries = projected[kQuery].view({rows, added, -1, size_}).transpose(1, 2);
     turn(projected[kQuery], cos, sin, queries);
     turn(projected[kKey], cos, sin, keys.narrow(2, first, added));
     keep(projected[kValue], values.narrow(2, first, added));
     const at::Tensor attended = attend(queries, keys, values, mask).view({rows, added, -1});
-    const at::Tensor between = sum_of(x, linear(these(kOutput), attended)[0]);
+    const at::Tensor between = sum_of(x, multiplied(attended, kOutput)[0], scratch_tensor);
 
-    const std::vector<at::Tensor> gated = linear(these(kGate, kUp), rms_norm(between, norms_[1], epsilon_));
-    const at::Tensor activated = product_of(at::silu(gated[0]), gated[1]);
-    return sum_of(between, linear(these(kDown), activated)[0]);
+    const std::vector<at::Tensor> gate_and_up = multiplied(normed(between, 1), kGate, kUp);
+    const at::Tensor activated = gated(gate_and_up[0], gate_and_up[1]);
+    return sum_of(between, multiplied(activated, kDown)[0], new_tensor);
   }
 
  private:
   enum Place { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown };
 
+  at::Tensor normed(const at::Tensor& x, size_t norm) const { return rms_norm(x, norms_[norm], epsilon_, scratch_tensor); }
+
   template <typename... Places>
-  std::vector<EditedLayer> these(Places... places) const {
-    return {EditedLayer(*layers_[places], edits_[places].get())...};
+  std::vector<at::Tensor> multiplied(const at::Tensor& x, Places... places) const {
+    return linear({EditedLayer(*layers_[places], edits_[places].get())...}, x, scratch_tensor);
   }
 
   void check_angles(const at::Tensor& angles, int64_t rows, int64_t added) const {
@@ -186,7 +202,7 @@ class Block {
   at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
                     const std::optional<at::Tensor>& mask) const {
     RECORD_FUNCTION("t2app::attention", {});
-    if (queries.size(2) == 1) return one_token_attention(queries, keys, values, mask, scale_);
+    if (queries.size(2) == 1) return one_token_attention(queries, keys, values, mask, scale_, scratch_tensor);
     const bool shares_heads = queries.size(1) != keys.size(1);
     return at::scaled_dot_product_attention(queries, keys, values, mask, 0.0, !mask, scale_, shares_heads).transpose(1, 2);
   }

@@ -59,18 +59,18 @@ class ByteRows {
   const int8_t* row(int64_t row) const { return bytes_.data() + row * length; }
 
   const int64_t count, length;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+  Scratch<float> scales;
+  Scratch<int32_t> sums;
 
  private:
-  std::vector<int8_t, Aligned<int8_t>> bytes_;
+  Scratch<int8_t> bytes_;
 };
 
-// sums (R, narrow) += coefficients · vectors for R rows of coefficients from `first` on, and as many vectors, (…, narrow),
-// as a row has. Memory is asked for from `next` on, in passing; null asks for none.
+// sums (R, narrow) = coefficients · vectors for R rows of coefficients from `first` on, and as many vectors, (…, narrow),
+// as a row has; where `adds`, that much more. Memory is asked for from `next` on, in passing; null asks for none.
 template <int R>
-void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t* vectors, int64_t narrow, float* sums,
-                       const char* next) {
+void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t* vectors, int64_t narrow, bool adds,
+                       float* sums, const char* next) {
   for (int64_t column = 0; column < narrow; column += OfBytes::kBlock) {
     __m512i parts[R][4];
     for (int r = 0; r < R; ++r) {
@@ -106,7 +106,7 @@ void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t
                                   _mm512_shuffle_f32x4(high, other_high, 0x88), _mm512_shuffle_f32x4(high, other_high, 0xdd)};
       for (int part = 0; part < 4; ++part) {
         float* target = sums + r * narrow + column + part * kWideLanes;
-        store(target, load_wide(target) + in_order[part]);
+        store(target, adds ? load_wide(target) + in_order[part] : in_order[part]);
       }
     }
   }
@@ -114,13 +114,13 @@ void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t
 
 // The same for all rows of coefficients. `next` is where the thread reads on afterwards, which it has begun to ask for;
 // null where that is not known.
-inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, float* sums,
+inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, bool adds, float* sums,
                           const char* next) {
   if (next != nullptr) next += kFarBytes;
   int64_t row = 0;
   const auto some = [&](int together, auto combined) {
     for (; row + together <= coefficients.count; row += together) {
-      combined(coefficients, row, vectors, narrow, sums + row * narrow, next);
+      combined(coefficients, row, vectors, narrow, adds, sums + row * narrow, next);
       next = nullptr;
     }
   };

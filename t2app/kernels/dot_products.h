@@ -76,9 +76,12 @@ inline void combine(int64_t rows, const uint32_t* coefficients, int64_t count, c
 // target (count,) in bfloat16; `value` takes a place, the first of sixteen, and a mask of those that there are.
 template <typename Value>
 void store_rounded(uint16_t* target, int64_t count, const Value& value) {
-  for (int64_t i = 0; i < count; i += kWideLanes) {
-    const __mmask16 there = count - i < kWideLanes ? (1 << (count - i)) - 1 : 0xffff;
-    _mm256_mask_storeu_epi16(target + i, there, (__m256i)_mm512_cvtneps_pbh(value(i, there)));
+  int64_t i = 0;
+  const auto rounded = [&](__mmask16 there) { return (__m256i)_mm512_cvtneps_pbh(value(i, there)); };
+  for (; i + kWideLanes <= count; i += kWideLanes) store_pairs(target + i, rounded(0xffff));
+  if (i < count) {
+    const __mmask16 there = (1 << (count - i)) - 1;
+    _mm256_mask_storeu_epi16(target + i, there, rounded(there));
   }
 }
 

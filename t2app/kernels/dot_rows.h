@@ -48,7 +48,7 @@ class DotRows : public LayerJob {
 
   void multiply_edited_input(const Ahead& ahead) override {
     // Each thread has its own copy of x, so that none waits for another's.
-    std::vector<uint16_t> own(x_, x_ + rows_ * k_);
+    Scratch<uint16_t> own(x_, x_ + rows_ * k_);
     for (int64_t row = edit_->edited.first; row < edit_->edited.first + edit_->edited.count; ++row) {
       uint16_t* side = own.data() + row * k_;
       store_rounded(side, k_, [&](int64_t i, __mmask16 there) {
@@ -83,8 +83,8 @@ class DotRows : public LayerJob {
   const int64_t rows_, n_, k_;
   const uint16_t *x_, *weight_;
   uint16_t* y_;
-  std::vector<float> product_;
-  std::vector<uint16_t> rounded_product_;
+  Scratch<float> product_;
+  Scratch<uint16_t> rounded_product_;
 };
 
 }  // namespace t2app

@@ -26,7 +26,7 @@ class Edit {
         vectors_(edit.vectors.const_data_ptr<int8_t>()),
         rank_(edit.rank()),
         narrow_(edit.narrow()),
-        changes_(threads) {}
+        changes_(threads * edited.count * narrow_) {}
 
   // This thread's share of V.
   Stretch reads() const {
@@ -45,7 +45,7 @@ class Edit {
       float* target = side + (edited.first + row) * narrow_;
       for (int64_t i = begin; i < end; i += kLanes) {
         Floats change = zeros();
-        for (int64_t t = 0; t < omp_get_num_threads(); ++t) change = change + load(changes_[t].data() + row * narrow_ + i);
+        for (int64_t t = 0; t < omp_get_num_threads(); ++t) change = change + load(change_by(t, row) + i);
         store(target + i, load(target + i) + change);
       }
     }
@@ -56,7 +56,7 @@ class Edit {
   __m512 change(int64_t row, int64_t place) const {
     __m512 value = _mm512_setzero_ps();
     for (int64_t t = 0; t < omp_get_num_threads(); ++t) {
-      value += _mm512_loadu_ps(changes_[t].data() + (row - edited.first) * narrow_ + place);
+      value += _mm512_loadu_ps(change_by(t, row - edited.first) + place);
     }
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), value);
   }
@@ -73,16 +73,15 @@ class Edit {
     return share;
   }
 
-  // This thread's change, nothing so far.
-  float* own_change() {
-    AlignedFloats& change = changes_[omp_get_thread_num()];
-    change.assign(edited.count * narrow_, 0.0f);
-    return change.data();
+  // A thread's part of the change of an edited row, counted from 0, and what follows it: that of the other rows.
+  const float* change_by(int64_t thread, int64_t row) const {
+    return changes_.data() + (thread * edited.count + row) * narrow_;
   }
+  float* own_change() { return const_cast<float*>(change_by(omp_get_thread_num(), 0)); }
 
   const int8_t* vectors_;
   const int64_t rank_, narrow_;
-  std::vector<AlignedFloats> changes_;
+  Scratch<float> changes_;  // of each thread and row
 };
 
 #ifdef __AVX512VNNI__
@@ -93,7 +92,7 @@ constexpr int64_t kVectorBytesAtOnce = 1 << 18;
 template <typename Value>
 void Edit::compute(const Value* side, const Ahead& ahead) {
   ByteRows rows(edited.count, narrow_);
-  AlignedFloats row(narrow_);
+  Scratch<float> row(narrow_);
   for (int64_t r = 0; r < edited.count; ++r) {
     const Value* values = side + (edited.first + r) * narrow_;
     if constexpr (std::is_same_v<Value, float>) {
@@ -106,10 +105,10 @@ void Edit::compute(const Value* side, const Ahead& ahead) {
   const Share share = this->share();
   // Their coefficients share a scale: with half the vectors at most, one thread rounds an edit as two threads do.
   const int64_t at_once = std::max(std::min(kVectorBytesAtOnce / narrow_, rank_ / 2) / kBlock, int64_t{1}) * kBlock;
-  float* change = own_change();
+  if (share.begin == share.end) std::fill_n(own_change(), edited.count * narrow_, 0.0f);
   for (int64_t begin = share.begin; begin < share.end; begin += at_once) {
     const int64_t count = std::min(at_once, share.end - begin);
-    AlignedFloats weights(edited.count * count);
+    Scratch<float> weights(edited.count * count);
     dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_, ahead,
                           [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
                             const float *factors = edited.factors_of(r), offset = kByteOffset * rows.sums[r];
@@ -123,7 +122,7 @@ void Edit::compute(const Value* side, const Ahead& ahead) {
     // These vectors are in the cache: what comes after them is asked for in passing.
     const int64_t end = begin + count;
     const char* next = end < share.end ? reinterpret_cast<const char*>(vectors_ + end * narrow_) : ahead.next();
-    combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, change, next);
+    combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, begin > share.begin, own_change(), next);
   }
 }
 
@@ -158,6 +157,7 @@ template <>
 inline void Edit::compute(const float* side, const Ahead& ahead) {
   const Share share = this->share();
   float* change = own_change();
+  std::fill_n(change, edited.count * narrow_, 0.0f);
   for (int64_t v = share.begin; v < share.end; v += kVectorsAtOnce) {
     for (int64_t r = 0; r < edited.count; ++r) {
       add_contributions(vectors_ + v * narrow_, edited.factors_of(r) + v, side + (edited.first + r) * narrow_, narrow_,

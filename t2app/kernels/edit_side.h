@@ -55,7 +55,7 @@ class EditSide : public Job {
   Edit edit_;
   const int64_t tokens_, narrow_;
   const uint16_t* source_;
-  AlignedFloats side_, bias_;
+  Scratch<float> side_, bias_;
   uint16_t* target_;
 };
 

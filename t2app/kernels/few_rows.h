@@ -62,7 +62,7 @@ class FewRows : public LayerJob {
 
   void multiply_edited_input(const Ahead& ahead) override {
     // Each thread has its own copy of x, so that none waits for another's.
-    AlignedFloats own(x_);
+    Scratch<float> own(x_);
     edit_->apply(own.data(), 0, k_);
     multiply_to_result(own.data(), ahead);
   }
@@ -83,7 +83,7 @@ class FewRows : public LayerJob {
   }
 
   const int64_t rows_, n_, k_;
-  AlignedFloats x_, product_;
+  Scratch<float> x_, product_;
   const uint16_t* weight_;
   at::BFloat16* y_;
 };

@@ -34,5 +34,8 @@ TORCH_LIBRARY(t2app, library) {
 }
 
 TORCH_LIBRARY_IMPL(t2app, CPU, library) {
-  library.impl("one_token_attention", &t2app::one_token_attention);
+  library.impl("one_token_attention", [](const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                                         const std::optional<at::Tensor>& mask, double scale) {
+    return t2app::one_token_attention(query, keys, values, mask, scale);
+  });
 }

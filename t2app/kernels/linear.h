@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
 #ifdef __AVX512BF16__
@@ -30,7 +29,8 @@ inline std::unique_ptr<Job> job_of(const EditedLayer& edited, const at::Tensor& 
 
 // What each of the layers gives, (…, out_features), for x (…, in_features) in bfloat16; where rows are edited, x is
 // (rows, tokens, in_features). For the kernels every token is a row of its own.
-inline std::vector<at::Tensor> linear(const std::vector<EditedLayer>& layers, const at::Tensor& x) {
+inline std::vector<at::Tensor> linear(const std::vector<EditedLayer>& layers, const at::Tensor& x,
+                                      MakeTensor make = new_tensor) {
   RECORD_FUNCTION("t2app::linear", {});
   const int64_t rows = x.numel() / std::max<int64_t>(x.size(-1), 1), tokens_of_row = x.dim() == 3 ? x.size(1) : 1;
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "bfloat16 was expected");
@@ -44,12 +44,14 @@ inline std::vector<at::Tensor> linear(const std::vector<EditedLayer>& layers, co
   }
   const int64_t threads = threads_for(weights);
   std::vector<at::Tensor> results;
-  std::vector<std::unique_ptr<Job>> jobs;
   for (const EditedLayer& edited : layers) {
     std::vector<int64_t> shape = x.sizes().vec();
     shape.back() = edited.layer.out_features;
-    results.push_back(at::empty(shape, x.options()));
-    jobs.push_back(job_of(edited, in_order, rows, tokens_of_row, threads, results.back()));
+    results.push_back(make(shape, x.options()));
+  }
+  std::vector<std::unique_ptr<Job>> jobs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    jobs.push_back(job_of(layers[i], in_order, rows, tokens_of_row, threads, results[i]));
   }
   run(jobs, threads);
   return results;

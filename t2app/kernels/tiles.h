@@ -10,9 +10,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 
 #include "bfloat16.h"
+#include "scratch.h"
 
 namespace t2app {
 
@@ -132,21 +132,21 @@ void dot_columns_in_turn(const typename Of::Element* x, int64_t rows, const type
 template <typename Of, typename Store>
 void dot_multiply(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
                   int64_t end, int64_t k, const Ahead& ahead, const Store& store) {
-  const std::unique_ptr<float[]> results(new float[rows * kColumnsAtOnce]);
+  Scratch<float> results(rows * kColumnsAtOnce);
   for (int64_t first = begin; first < end; first += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, end - first);
     const auto* weights = weight + first * k;
     int64_t c = 0;
     for (; rows < kDotRows && c + kSumsAtOnce <= count; c += kSumsAtOnce) {
-      dot_columns_in_turn<Of>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce, ahead);
+      dot_columns_in_turn<Of>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);
     }
     for (; c + kDotColumns <= count; c += kDotColumns) {
-      dot_columns<Of, kDotColumns>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce, ahead);
+      dot_columns<Of, kDotColumns>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);
     }
     for (; c < count; ++c) {
-      dot_columns<Of, 1>(x, rows, weights + c * k, k, results.get() + c, kColumnsAtOnce, ahead);
+      dot_columns<Of, 1>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);
     }
-    for (int64_t row = 0; row < rows; ++row) store(row, first, count, results.get() + row * kColumnsAtOnce);
+    for (int64_t row = 0; row < rows; ++row) store(row, first, count, results.data() + row * kColumnsAtOnce);
   }
 }
 

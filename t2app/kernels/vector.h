@@ -9,27 +9,8 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <new>
-#include <vector>
 
 namespace t2app {
-
-constexpr int64_t kCacheLine = 64;
-
-// Memory that begins with a cache line: a load that meets two of them takes twice as long.
-template <typename T>
-struct Aligned {
-  using value_type = T;
-  Aligned() = default;
-  template <typename Other>
-  Aligned(const Aligned<Other>&) {}
-  T* allocate(size_t count) {
-    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(kCacheLine)));
-  }
-  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(kCacheLine)); }
-  bool operator==(const Aligned&) const { return true; }
-};
-using AlignedFloats = std::vector<float, Aligned<float>>;
 
 using Floats = __m256;
 using Pairs = __m256i;
