@@ -20,7 +20,7 @@ from t2app.tasks.dispatch import labelled_prompts
 _REQUESTS = 8
 _LEAST_TOKENS, _MOST_TOKENS = 64, 128
 _LONG_PROMPT_TOKENS = 1000
-_PAIRS = 3
+_PAIRS = 7
 
 
 def bench_serve(model_name: str, precision: str) -> Iterator[Figure]:
