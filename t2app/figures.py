@@ -28,6 +28,8 @@ def probability_bars(probabilities: Mapping[str, float]) -> go.Figure:
     figure = _bars(probabilities, _BASE_COLOUR, ".0%", ".1%").update_xaxes(tickformat=".0%")
     if not probabilities:
         figure.add_annotation(_nothing("shown where the first pass looks at the prompt"))
+        # Without a bar Plotly puts numbers where the names would be.
+        figure.update_xaxes(visible=False).update_yaxes(visible=False)
     return figure
 
 

@@ -38,6 +38,12 @@ def test_trace_shows_mean_and_spread_of_each_weight_and_the_best_score():
     assert search_trace(by_likelihood).data[-1].y == (-1.5, -1.2)
 
 
+def test_probabilities_that_are_not_there_have_no_axis_with_numbers():
+    layout = probability_bars({}).layout
+    assert layout.xaxis.visible is False and layout.yaxis.visible is False
+    assert probability_bars({"math": 1.0}).layout.yaxis.visible is None
+
+
 @pytest.mark.parametrize("figure", [probability_bars({}), change_map({}), search_trace(())])
 def test_figure_without_data_says_so(figure):
     assert len(figure.layout.annotations) == 1 and figure.layout.annotations[0].text
