@@ -55,14 +55,13 @@ def nbytes(layer: nn.Linear) -> int:
 
 def test_gguf_file_is_converted_once_and_found_by_its_content(gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
-    readings = []
+    readings, read = [], GGUFReader.__init__
 
-    class CountedReader(GGUFReader):
-        def __init__(self, file: Path):
-            readings.append(file)
-            super().__init__(file)
+    def counted(reader: GGUFReader, file: Path) -> None:
+        readings.append(file)
+        read(reader, file)
 
-    monkeypatch.setattr("gguf.GGUFReader", CountedReader)
+    monkeypatch.setattr(GGUFReader, "__init__", counted)
     model = load_model(str(gguf), "fp32", layers=lambda path: True)
     assert len(readings) == 1
     assert (model.name, len(model.adapted.layers)) == ("tiny-llama", 2 * 7)
