@@ -21,7 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import gguf
-import numpy
+import numpy as np
 import torch
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -248,9 +248,9 @@ class _GGUFReader(gguf.GGUFReader):
     """Takes the file as a plain array, of which a header's 100,000 strings are cut out in a third of the time."""
 
     @property
-    def data(self) -> numpy.ndarray:
+    def data(self) -> np.ndarray:
         return self._data
 
     @data.setter
-    def data(self, mapped: numpy.ndarray) -> None:
-        self._data = numpy.asarray(mapped)
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = np.asarray(mapped)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2app.key_values import GrowingCache, GrowingLayer, capacity_for
+from t2app.key_values import GrowingCache, GrowingLayer, room_for
 from t2app.parts import Parts
 from t2app.spectral import Deltas, SpectralModel, execution_device
 
@@ -66,9 +66,9 @@ class Context:
         for layer, others in zip(cache.layers, other.cache.layers, strict=True):
             length = max(layer.keys.shape[2], others.keys.shape[2])
             grows = isinstance(layer, GrowingLayer)
-            both = (layer.keys, others.keys), (layer.values, others.values)
-            capacity = capacity_for(length) if grows else length
-            keys, values = (_stacked(*tensors, order, capacity, dim=2) for tensors in both)
+            room = room_for(length) if grows else 0
+            keys = _stacked(layer.keys, others.keys, order, dim=2, room=room)
+            values = _stacked(layer.values, others.values, order, dim=2, room=room)
             if grows:
                 layer.hold(keys, values, length)
             else:
@@ -77,8 +77,7 @@ class Context:
                 layer.cumulative_length = max(layer.get_seq_length(), others.get_seq_length())
         if self.mask is None and other.mask is None and self._tokens == other._tokens:
             return Context(cache, None)
-        masks = self._whole_mask(device), other._whole_mask(device)
-        return Context(cache, _stacked(*masks, order, max(mask.shape[1] for mask in masks), dim=1))
+        return Context(cache, _stacked(self._whole_mask(device), other._whole_mask(device), order, dim=1))
 
     @property
     def _tokens(self) -> int:
@@ -97,12 +96,12 @@ def _copied(cache: GrowingCache) -> GrowingCache:
     return copied
 
 
-def _stacked(first: Tensor, second: Tensor, order: Sequence[int], capacity: int, dim: int) -> Tensor:
-    """The rows of both in this order, of length `capacity` in `dim`: the shorter one's are padded with zeros before
-    what they have, and behind it is room.
+def _stacked(first: Tensor, second: Tensor, order: Sequence[int], dim: int, room: int = 0) -> Tensor:
+    """The rows of both in this order, the shorter one's padded with zeros before what they have in `dim`, and so much
+    room behind it.
     """
     length = max(first.shape[dim], second.shape[dim])
-    stacked = first.new_empty(len(order), *first.shape[1:dim], capacity, *first.shape[dim + 1 :])
+    stacked = first.new_empty(len(order), *first.shape[1:dim], length + room, *first.shape[dim + 1 :])
     place = torch.tensor(order).argsort()
     for rows, places in ((first, place[: len(first)]), (second, place[len(first) :])):
         padding = length - rows.shape[dim]

@@ -78,15 +78,15 @@ class GrowingLayer(DynamicLayer):
         return same and length <= keys.shape[-2]
 
 
-def capacity_for(length: int) -> int:
-    """For how many tokens there is room where so many were seen."""
-    return length + max(_LEAST_ROOM, int(length * _ROOM_SHARE))
+def room_for(length: int) -> int:
+    """For how many more tokens there is room where so many were seen."""
+    return max(_LEAST_ROOM, int(length * _ROOM_SHARE))
 
 
 def _with_room(tokens: Tensor, length: int, rows: Tensor | None = None) -> Tensor:
     """A copy of all rows of `tokens` or of these, with room for `length` tokens and more."""
     count = len(tokens) if rows is None else len(rows)
-    room = tokens.new_empty(count, *tokens.shape[1:-2], capacity_for(length), tokens.shape[-1])
+    room = tokens.new_empty(count, *tokens.shape[1:-2], length + room_for(length), tokens.shape[-1])
     seen = room[..., : tokens.shape[-2], :]
     if rows is None:
         seen.copy_(tokens)

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "scratch.h"
+#include "vector.h"
 
 namespace t2app {
 

@@ -9,12 +9,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "bfloat16.h"
 #ifdef __AVX512BF16__
 #include "dot_products.h"
 #endif
+#include "scratch.h"
 
 namespace t2app {
 

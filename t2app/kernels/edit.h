@@ -7,13 +7,13 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #ifdef __AVX512VNNI__
 #include "byte_products.h"
 #endif
 #include "job.h"
 #include "row_edit.h"
+#include "scratch.h"
 
 namespace t2app {
 
@@ -45,7 +45,9 @@ class Edit {
       float* target = side + (edited.first + row) * narrow_;
       for (int64_t i = begin; i < end; i += kLanes) {
         Floats change = zeros();
-        for (int64_t t = 0; t < omp_get_num_threads(); ++t) change = change + load(change_by(t, row) + i);
+        for (int64_t t = 0; t < omp_get_num_threads(); ++t) {
+          change = change + load(changes_.data() + place_of(t, row) + i);
+        }
         store(target + i, load(target + i) + change);
       }
     }
@@ -56,7 +58,7 @@ class Edit {
   __m512 change(int64_t row, int64_t place) const {
     __m512 value = _mm512_setzero_ps();
     for (int64_t t = 0; t < omp_get_num_threads(); ++t) {
-      value += _mm512_loadu_ps(change_by(t, row - edited.first) + place);
+      value += _mm512_loadu_ps(changes_.data() + place_of(t, row - edited.first) + place);
     }
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), value);
   }
@@ -73,11 +75,9 @@ class Edit {
     return share;
   }
 
-  // A thread's part of the change of an edited row, counted from 0, and what follows it: that of the other rows.
-  const float* change_by(int64_t thread, int64_t row) const {
-    return changes_.data() + (thread * edited.count + row) * narrow_;
-  }
-  float* own_change() { return const_cast<float*>(change_by(omp_get_thread_num(), 0)); }
+  // Where a thread's part of the change of an edited row, counted from 0, begins in `changes_`.
+  int64_t place_of(int64_t thread, int64_t row) const { return (thread * edited.count + row) * narrow_; }
+  float* own_change() { return changes_.data() + place_of(omp_get_thread_num(), 0); }
 
   const int8_t* vectors_;
   const int64_t rank_, narrow_;

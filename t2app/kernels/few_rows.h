@@ -9,6 +9,7 @@
 
 #include "bfloat16.h"
 #include "layer_job.h"
+#include "scratch.h"
 
 namespace t2app {
 

@@ -10,6 +10,7 @@
 #include "few_rows.h"
 #include "job.h"
 #include "layer.h"
+#include "scratch.h"
 
 namespace t2app {
 

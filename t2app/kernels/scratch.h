@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
-namespace t2app {
+#include "vector.h"
 
-constexpr int64_t kCacheLine = 64;
+namespace t2app {
 
 // A thread's scratch memory: a stack, of which what is given back is free once all above it is.
 class ScratchMemory {

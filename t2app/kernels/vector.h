@@ -12,6 +12,8 @@
 
 namespace t2app {
 
+constexpr int64_t kCacheLine = 64;
+
 using Floats = __m256;
 using Pairs = __m256i;
 
