@@ -22,7 +22,7 @@ from t2app.kernels import (
     use_kernels,
 )
 from t2app.kernels.attention import fast_attention
-from t2app.kernels.linear import DOT_KERNEL, DOT_ROWS, FEW_KERNEL
+from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL, MANY_ROWS
 from t2app.key_values import GrowingCache
 from t2app.products import edited
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths
@@ -65,7 +65,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40, DOT_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40, MANY_ROWS + 1])
 def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     x, weight, bias = random(rows, 1, shape[1]), random(*shape), random(shape[0])
     exact = F.linear(x.double(), weight.double(), bias.double())
@@ -81,7 +81,7 @@ def kernel_of(layer: FastLinear, tokens: int) -> torch.ScriptObject:
     return layer.kernel(FEW_KERNEL) if kernel is None else kernel
 
 
-@pytest.mark.parametrize("kind", [FEW_KERNEL, DOT_KERNEL] if has_bfloat16_arithmetic() else [FEW_KERNEL])
+@pytest.mark.parametrize("kind", [FEW_KERNEL, MANY_KERNEL])
 def test_what_a_row_gets_does_not_depend_on_its_company(kind):
     kernel, x = fast_layer(random(1536, 576)).kernel(kind), random(20, 1, 576)
     together = kernel.forward(x, None)
@@ -182,7 +182,7 @@ def test_packed_vectors_alone_serve_a_long_prompt_and_a_gradient(shape, rows):
     exact = SpectralModel(nn.Sequential(whole), {"0": basis})
     model = SpectralModel(nn.Sequential(layer), {"0": basis})
     assert model.layers["0"].vectors is None
-    x = random(3, DOT_ROWS // 2, shape[1])
+    x = random(3, MANY_ROWS // 2, shape[1])
     prompt, found, gradients = {}, {}, {}
     for name, adapted_model, given in (("exact", exact, x.double()), ("packed", model, x)):
         deltas = {row: delta.clone().requires_grad_() for row in rows}

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels import FastLinear, has_bfloat16_arithmetic, row_edit
-from t2app.kernels.linear import DOT_KERNEL, FEW_KERNEL
+from t2app.kernels import FastLinear, row_edit
+from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
@@ -21,7 +21,7 @@ _STEPS = 5
 def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     """One product with every layer of the model's blocks, so that weights come from memory as in a step.
 
-    `few` and `dot` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that
+    `few` and `many` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that
     lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those with `all`
     all of them; `factors` does that too, by the weight in the basis. What is best here decides nothing by itself: the
     choices are in `spectral.py`, `kernels/linear.py` and `models.resolve_precision`, made on this.
@@ -36,7 +36,7 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     if layers[0].in_basis is not None:
         ways["factors"] = _factors
     if any(isinstance(layer.base, FastLinear) for layer in layers):
-        for kind in (FEW_KERNEL, DOT_KERNEL) if has_bfloat16_arithmetic() else (FEW_KERNEL,):
+        for kind in (FEW_KERNEL, MANY_KERNEL):
             ways |= {kind: partial(_kernel, kind), f"{kind}_edit": partial(_kernel_edit, kind)}
             ways[f"{kind}_all"] = partial(_kernel_all, kind)
     generator = torch.Generator().manual_seed(0)

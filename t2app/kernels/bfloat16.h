@@ -25,6 +25,15 @@ inline void put_even_first(const uint16_t* row, int64_t length, float* result) {
   }
 }
 
+// target = a + b, rounded.
+inline void store_rounded_sums(const float* a, const float* b, int64_t count, uint16_t* target) {
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    store_pairs(target + i, rounded_in_order(load(a + i) + load(b + i), load(a + i + kLanes) + load(b + i + kLanes)));
+  }
+  for (; i < count; ++i) target[i] = rounded(a[i] + b[i]);
+}
+
 // One row of a matrix (length k) against R rows of x in even-first order.
 template <int R>
 inline void products_of(const uint16_t* weights, const float* x, int64_t k, float* result, const Ahead& ahead) {

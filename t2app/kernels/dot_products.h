@@ -15,6 +15,7 @@ struct OfBfloat16 {
   using Element = uint16_t;
   using Register = __m512bh;
   using Sums = __m512;
+  static constexpr int kRows = 8, kColumns = 3;
   static constexpr int64_t kBlock = 32;
 
   static Register load(const Element* row) { return (Register)_mm512_loadu_si512(row); }
@@ -66,7 +67,7 @@ inline void combine(int64_t rows, const uint32_t* coefficients, int64_t count, c
       combined(coefficients + row * ((count + 1) / 2), count, vectors, narrow, sums + row * narrow);
     }
   };
-  some(kDotRows, combine_rows<kDotRows>);
+  some(OfBfloat16::kRows, combine_rows<OfBfloat16::kRows>);
   some(4, combine_rows<4>);
   some(3, combine_rows<3>);
   some(2, combine_rows<2>);

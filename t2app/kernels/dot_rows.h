@@ -1,5 +1,5 @@
 // A linear layer for several rows, plain or with a spectral edit at its narrow side, on CPUs that multiply bfloat16
-// themselves: there is more to compute for each weight than reading it costs.
+// themselves.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace t2app {
 
-// `FewRows` for more of them. The edited side is rounded to bfloat16 once more.
+// `WidenedRows` without widening. The edited side is rounded to bfloat16 once more.
 class DotRows : public LayerJob {
  public:
   DotRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,

@@ -1,16 +1,14 @@
 // The edit beside a layer, from singular vectors of 8 bits.
 //
-// A CPU that multiplies bytes rounds the side and the coordinates to 8 bits too, each row under a scale of its own: of an
-// edit, which is a few percent of what a layer gives, that is as much as bfloat16 rounds off the whole (`bench edit`).
+// The side and the coordinates are rounded to 8 bits too, each row under a scale of its own: of an edit, which is a few
+// percent of what a layer gives, that is as much as bfloat16 rounds off the whole (`bench edit`).
 
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#ifdef __AVX512VNNI__
 #include "byte_products.h"
-#endif
 #include "job.h"
 #include "row_edit.h"
 #include "scratch.h"
@@ -84,8 +82,6 @@ class Edit {
   Scratch<float> changes_;  // of each thread and row
 };
 
-#ifdef __AVX512VNNI__
-
 // Of vectors that are read for their coordinates and again for their contributions: they stay in the second cache.
 constexpr int64_t kVectorBytesAtOnce = 1 << 18;
 
@@ -111,7 +107,7 @@ void Edit::compute(const Value* side, const Ahead& ahead) {
     Scratch<float> weights(edited.count * count);
     dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_, ahead,
                           [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
-                            const float *factors = edited.factors_of(r), offset = kByteOffset * rows.sums[r];
+                            const float *factors = edited.factors_of(r), offset = OfBytes::kOffset * rows.sums[r];
                             for (int64_t v = 0; v < vectors; ++v) {
                               weights[r * count + first - begin + v] =
                                   (products[v] - offset) * rows.scales[r] * factors[first + v];
@@ -125,47 +121,5 @@ void Edit::compute(const Value* side, const Ahead& ahead) {
     combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, begin > share.begin, own_change(), next);
   }
 }
-
-#else
-
-// Singular vectors whose coordinates are taken before their contributions are added: they are still in the first cache
-// then, x and the change are loaded once for all of them, and a sum of each fits in a register.
-constexpr int kVectorsAtOnce = kWideLanes / 2;
-
-// change += Σ factorᵢ (vᵢ · x) vᵢ over so many vectors, one after another in memory.
-inline void add_contributions(const int8_t* vectors, const float* factors, const float* x, int64_t narrow, float* change,
-                              const Ahead& ahead) {
-  WideFloats coordinates[kVectorsAtOnce], weights[kVectorsAtOnce];
-  for (WideFloats& coordinate : coordinates) coordinate = all_wide(0.0f);
-  for (int64_t i = 0; i < narrow; i += kWideLanes) {
-    const WideFloats side = load_wide(x + i);
-    for (int v = 0; v < kVectorsAtOnce; ++v) {
-      const int8_t* vector = vectors + v * narrow + i;
-      if (i % kCacheLine == 0) ahead.of(vector);
-      coordinates[v] = multiply_add(load_wide(vector), side, coordinates[v]);
-    }
-  }
-  for (int v = 0; v < kVectorsAtOnce; ++v) weights[v] = all_wide(sum(coordinates[v]) * factors[v]);
-  for (int64_t i = 0; i < narrow; i += kWideLanes) {
-    WideFloats total = load_wide(change + i);
-    for (int v = 0; v < kVectorsAtOnce; ++v) total = multiply_add(load_wide(vectors + v * narrow + i), weights[v], total);
-    store(change + i, total);
-  }
-}
-
-template <>
-inline void Edit::compute(const float* side, const Ahead& ahead) {
-  const Share share = this->share();
-  float* change = own_change();
-  std::fill_n(change, edited.count * narrow_, 0.0f);
-  for (int64_t v = share.begin; v < share.end; v += kVectorsAtOnce) {
-    for (int64_t r = 0; r < edited.count; ++r) {
-      add_contributions(vectors_ + v * narrow_, edited.factors_of(r) + v, side + (edited.first + r) * narrow_, narrow_,
-                        change + r * narrow_, ahead);
-    }
-  }
-}
-
-#endif
 
 }  // namespace t2app

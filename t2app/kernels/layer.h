@@ -16,18 +16,17 @@ constexpr bool kMultipliesBfloat16 = false;
 #endif
 
 struct Layer : torch::CustomClassHolder {
-  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16. dot: multiply bfloat16 as it
-  // is, on CPUs that can.
-  Layer(const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool dot)
+  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16. many: whether it is for many
+  // rows, of which there is more to compute for each weight than reading it costs.
+  Layer(const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool many)
       : weight(weight),
         out_features(weight.size(0)),
         in_features(weight.size(1)),
         bias(out_features, 0.0f),
-        dot(dot) {
+        many(many) {
     TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.dim() == 2,
                 "a contiguous weight in bfloat16 was expected");
-    TORCH_CHECK(!dot || kMultipliesBfloat16, "this CPU does not multiply bfloat16");
-    TORCH_CHECK(in_features % block() == 0, "rows of a weight were expected to be of ", block(), "·n");
+    TORCH_CHECK(in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
     if (bias) {
       const at::Tensor wide = bias->to(at::kFloat).contiguous();
       TORCH_CHECK(wide.numel() == out_features, "the bias does not match the weight");
@@ -38,10 +37,10 @@ struct Layer : torch::CustomClassHolder {
   const at::Tensor weight;
   const int64_t out_features, in_features;
   std::vector<float> bias;
-  const bool dot;
+  const bool many;
 
- private:
-  int64_t block() const { return dot ? 2 * kBlock : kBlock; }
+  // Whether bfloat16 is multiplied as it is.
+  bool dot() const { return kMultipliesBfloat16 && many && in_features % (2 * kBlock) == 0; }
 };
 
 // A layer with W' in place of W for the rows that `edit` names, which is null where there are none.

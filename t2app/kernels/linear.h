@@ -7,10 +7,10 @@
 #ifdef __AVX512BF16__
 #include "dot_rows.h"
 #endif
-#include "few_rows.h"
 #include "job.h"
 #include "layer.h"
 #include "scratch.h"
+#include "widened_rows.h"
 
 namespace t2app {
 
@@ -23,9 +23,9 @@ inline int64_t threads_for(int64_t weights) {
 inline std::unique_ptr<Job> job_of(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row,
                                    int64_t threads, const at::Tensor& y) {
 #ifdef __AVX512BF16__
-  if (edited.layer.dot) return std::make_unique<DotRows>(edited, x, rows, tokens_of_row, threads, y);
+  if (edited.layer.dot()) return std::make_unique<DotRows>(edited, x, rows, tokens_of_row, threads, y);
 #endif
-  return std::make_unique<FewRows>(edited, x, rows, tokens_of_row, threads, y);
+  return std::make_unique<WidenedRows>(edited, x, rows, tokens_of_row, threads, y);
 }
 
 // What each of the layers gives, (…, out_features), for x (…, in_features) in bfloat16; where rows are edited, x is

@@ -1,10 +1,9 @@
 """Linear layers in bfloat16 on a CPU.
 
-Decoding multiplies one or two rows by every weight of the model. Our kernel does that in about half of torch's time,
-whatever the CPU; up to how many rows it is the faster one depends on it. A CPU with 16-bit arithmetic has another one
-for more rows, up to the tokens of a prompt; for more torch is right. Where there is no such arithmetic, torch
-multiplies bfloat16 one row at a time, and such a product goes through a float32 copy of the weight that lives for one
-product. `bench products` measures all of these.
+Decoding multiplies one or two rows by every weight of the model: a kernel for few rows reads weights as fast as memory
+gives them. Another one is for more rows, up to the tokens of a prompt; for more torch is right. Where the CPU does not
+multiply bfloat16 itself, torch takes one row at a time, and such a product goes through a float32 copy of the weight
+that lives for one product. `bench products` measures all of these.
 """
 
 from functools import cache
@@ -14,16 +13,15 @@ import torch
 from torch import ScriptObject, Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_byte_products, kernel_class
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, kernel_class
 
-# Up to how many rows each kernel is the fastest that there is (`bench products`). The first reads weights as fast as
-# the memory gives them; the second needs a CPU that multiplies bfloat16 itself and computes faster.
-FEW_ROWS = 12
-FEW_ROWS_BESIDE_DOT = 1
-DOT_ROWS = 256
-# What rows divide by where bfloat16 is multiplied as it is, and singular vectors where bytes are.
+FEW_KERNEL, MANY_KERNEL = "few", "many"
+# Up to how many rows each kernel is the fastest that there is (`bench products`): the first one where the CPU
+# multiplies bfloat16 itself, and where it does not.
+_FEW_ROWS_BESIDE_DOT, _FEW_ROWS = 1, 7
+MANY_ROWS = 256
+# What rows divide by where bfloat16 is multiplied as it is, and singular vectors, whose bytes are.
 _DOT_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
-FEW_KERNEL, DOT_KERNEL = "few", "dot"
 
 
 class PackedVectors(NamedTuple):
@@ -56,7 +54,7 @@ def pack_vectors(vectors: Tensor) -> PackedVectors | None:
     It moves an entry by 0.4 % of the vector's largest at most; `bench edit` measures what that does to an answer.
     """
     rank, narrow = vectors.shape
-    if narrow % (_BYTES_WIDTH if has_byte_products() else WIDTH):
+    if narrow % _BYTES_WIDTH:
         return None
     scales = vectors.float().abs().amax(1) / torch.iinfo(torch.int8).max
     integers = (vectors.float() / scales[:, None]).round().to(torch.int8)
@@ -90,7 +88,7 @@ def row_edit(vectors: PackedVectors, edits_input: bool, rows: slice, delta: Tens
 
 def edits_fast(tokens: int) -> bool:
     """Whether a `row_edit` is faster than torch's products for so many tokens of all rows together."""
-    return tokens <= (DOT_ROWS if has_byte_products() else FEW_ROWS)
+    return tokens <= MANY_ROWS
 
 
 class FastLinear(nn.Linear):
@@ -134,10 +132,10 @@ class FastLinear(nn.Linear):
         It has no gradient.
 
         Args:
-            kind: `FEW_KERNEL` or `DOT_KERNEL`.
+            kind: `FEW_KERNEL` or `MANY_KERNEL`.
         """
         if kind not in self._kernels:
-            self._kernels[kind] = kernel_class("Layer")(self.weight, self.bias, kind == DOT_KERNEL)
+            self._kernels[kind] = kernel_class("Layer")(self.weight, self.bias, kind == MANY_KERNEL)
         return self._kernels[kind]
 
 
@@ -159,12 +157,10 @@ def use_fast_linears(model: nn.Module) -> None:
 @cache
 def _fastest_kernel(tokens: int, length: int) -> str | None:
     """The kind of the kernel for so many tokens, None where there is none; it reads rows of this length."""
-    if length % WIDTH:
+    if length % WIDTH or tokens > MANY_ROWS:
         return None
     dot = has_bfloat16_arithmetic() and not length % _DOT_WIDTH
-    if tokens <= (FEW_ROWS_BESIDE_DOT if dot else FEW_ROWS):
-        return FEW_KERNEL
-    return DOT_KERNEL if dot and tokens <= DOT_ROWS else None
+    return FEW_KERNEL if tokens <= (_FEW_ROWS_BESIDE_DOT if dot else _FEW_ROWS) else MANY_KERNEL
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

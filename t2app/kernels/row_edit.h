@@ -9,11 +9,7 @@
 namespace t2app {
 
 // What the length of a singular vector divides by (`_BYTES_WIDTH` in linear.py): the bytes that are multiplied together.
-#ifdef __AVX512VNNI__
 constexpr int64_t kEditBlock = 64;
-#else
-constexpr int64_t kEditBlock = kBlock;
-#endif
 
 struct RowEdit : torch::CustomClassHolder {
   // s + V((z − 1) ⊙ Vᵀs) for the narrow side s of `edited` rows from `first` on.

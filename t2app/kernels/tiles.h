@@ -1,8 +1,10 @@
-// Matrix products in tiles whose sums stay in registers, on CPUs with AVX-512. What is multiplied is a type's affair:
+// Matrix products in tiles whose sums stay in registers. What is multiplied is a type's affair:
 //
 //   Element: of a row, as it lies in memory.
 //   Register, Sums: kBlock elements together, and what their products are summed in.
-//   load, load_column: of a row of x, and of W, which is read once for several of x; add: their products to the sums.
+//   kRows, kColumns: a tile's rows of x and of W, whose sums are most of the registers that there are.
+//   load, load_column: of a row of x, and of W, which is read once for several of x; add: their products to the sums;
+//       as_floats: sums, as a register of float32.
 
 #pragma once
 
@@ -16,13 +18,24 @@
 
 namespace t2app {
 
-// A tile's rows of x and of W: their sums are most of the registers that there are.
-constexpr int kDotRows = 8, kDotColumns = 3;
 constexpr int kSumsAtOnce = 8;
-// Columns of a result that are stored together.
-constexpr int64_t kColumnsAtOnce = kDotColumns * kWideLanes;
+// Columns of a result that are stored together, a multiple of a tile's.
+constexpr int64_t kColumnsAtOnce = 48;
 
 // The sum of each of eight registers, in a quarter of the instructions that eight sums take one by one.
+[[gnu::always_inline]] inline __m256 sums_of_eight(const __m256* values) {
+  const auto added = [](__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); };
+  const auto added_pairs = [](__m256 first, __m256 second) {
+    const __m256d a = _mm256_castps_pd(first), b = _mm256_castps_pd(second);
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  };
+  // Each half of these holds four sums over that half.
+  const __m256 four = added_pairs(added(values[0], values[1]), added(values[2], values[3]));
+  const __m256 others = added_pairs(added(values[4], values[5]), added(values[6], values[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(four, others, 0x20), _mm256_permute2f128_ps(four, others, 0x31));
+}
+
+#ifdef __AVX512F__
 [[gnu::always_inline]] inline __m256 sums_of_eight(const __m512* values) {
   const auto added = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
   const auto added_pairs = [](__m512 first, __m512 second) {
@@ -36,20 +49,20 @@ constexpr int64_t kColumnsAtOnce = kDotColumns * kWideLanes;
   const __m512 sums = _mm512_add_ps(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
   return _mm512_castps512_ps256(_mm512_shuffle_f32x4(sums, sums, 0x08));
 }
+#endif
 
 // result (R, C), its rows `apart` from each other, from the sums of each row of x by each of W.
 template <typename Of, int R, int C>
 [[gnu::always_inline]] inline void store_totals(const typename Of::Sums (&sums)[R * C], float* result, int64_t apart) {
   // Registers of zeros fill up the last eight, so that every sum is taken in the same order, whatever R and C are.
+  using Register = decltype(Of::as_floats(sums[0]));
   constexpr int kSums = (R * C + kSumsAtOnce - 1) / kSumsAtOnce * kSumsAtOnce;
   float totals[kSums];
 #pragma GCC unroll 4
   for (int first = 0; first < kSums; first += kSumsAtOnce) {
-    __m512 eight[kSumsAtOnce];
+    Register eight[kSumsAtOnce];
 #pragma GCC unroll 8
-    for (int i = 0; i < kSumsAtOnce; ++i) {
-      eight[i] = first + i < R * C ? Of::as_floats(sums[first + i]) : _mm512_setzero_ps();
-    }
+    for (int i = 0; i < kSumsAtOnce; ++i) eight[i] = first + i < R * C ? Of::as_floats(sums[first + i]) : Register{};
     _mm256_storeu_ps(totals + first, sums_of_eight(eight));
   }
   for (int r = 0; r < R; ++r) std::copy_n(totals + r * C, C, result + r * apart);
@@ -103,13 +116,13 @@ void dot_columns(const typename Of::Element* x, int64_t rows, const typename Of:
   const auto tiles = [&](int count, auto tile) {
     for (; row + count <= rows; row += count) tile(x + row * k, weights, k, result + row * apart, apart, ahead);
   };
-  tiles(kDotRows, dot_tile<Of, kDotRows, C>);
+  tiles(Of::kRows, dot_tile<Of, Of::kRows, C>);
   tiles(4, dot_tile<Of, 4, C>);
   tiles(2, dot_tile<Of, 2, C>);
   tiles(1, dot_tile<Of, 1, C>);
 }
 
-// kSumsAtOnce rows of W by all rows of x, of which there are fewer than kDotRows.
+// kSumsAtOnce rows of W by all rows of x, of which there are fewer than Of::kRows.
 template <typename Of>
 void dot_columns_in_turn(const typename Of::Element* x, int64_t rows, const typename Of::Element* weights, int64_t k,
                          float* result, int64_t apart, const Ahead& ahead) {
@@ -137,11 +150,11 @@ void dot_multiply(const typename Of::Element* x, int64_t rows, const typename Of
     const int64_t count = std::min(kColumnsAtOnce, end - first);
     const auto* weights = weight + first * k;
     int64_t c = 0;
-    for (; rows < kDotRows && c + kSumsAtOnce <= count; c += kSumsAtOnce) {
+    for (; rows < Of::kRows && c + kSumsAtOnce <= count; c += kSumsAtOnce) {
       dot_columns_in_turn<Of>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);
     }
-    for (; c + kDotColumns <= count; c += kDotColumns) {
-      dot_columns<Of, kDotColumns>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);
+    for (; c + Of::kColumns <= count; c += Of::kColumns) {
+      dot_columns<Of, Of::kColumns>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);
     }
     for (; c < count; ++c) {
       dot_columns<Of, 1>(x, rows, weights + c * k, k, results.data() + c, kColumnsAtOnce, ahead);

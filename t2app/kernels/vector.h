@@ -47,31 +47,31 @@ inline Pairs rounded_pairs(Floats even, Floats odd) {
   return _mm256_blend_epi16(_mm256_srli_epi32(rounded_lanes(even), 16), rounded_lanes(odd), 0xaa);
 }
 
+// Sixteen in order, from eight float32 and the next eight.
+inline Pairs rounded_in_order(Floats first, Floats second) {
+  const __m256i halves = _mm256_packus_epi32(_mm256_srli_epi32(rounded_lanes(first), 16),
+                                             _mm256_srli_epi32(rounded_lanes(second), 16));
+  return _mm256_permute4x64_epi64(halves, 0xd8);
+}
+
 constexpr int64_t kLanes = 8;
 // Elements that are widened together; the lengths of all rows divide by it (`WIDTH` in build.py).
 constexpr int64_t kBlock = 2 * kLanes;
 // Where element i of a row stands once each block holds its even elements first.
 inline int64_t place(int64_t i) { return i - i % kBlock + i % 2 * kLanes + i % kBlock / 2; }
 
-// The widest registers of float32 that there are, for what has more to compute than to read.
+// A block in order, from even-first.
+inline void put_in_order(const float* even_first, float* target) {
+  const Floats even = load(even_first), odd = load(even_first + kLanes);
+  const Floats low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  store(target, _mm256_permute2f128_ps(low, high, 0x20));
+  store(target + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 #ifdef __AVX512F__
-using WideFloats = __m512;
-inline WideFloats all_wide(float value) { return _mm512_set1_ps(value); }
-inline WideFloats load_wide(const float* source) { return _mm512_loadu_ps(source); }
-inline WideFloats load_wide(const int8_t* source) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
-}
-inline void store(float* target, WideFloats values) { _mm512_storeu_ps(target, values); }
-inline WideFloats multiply_add(WideFloats a, WideFloats b, WideFloats c) { return _mm512_fmadd_ps(a, b, c); }
-inline float sum(WideFloats values) { return _mm512_reduce_add_ps(values); }
-#else
-using WideFloats = Floats;
-inline WideFloats all_wide(float value) { return all(value); }
-inline WideFloats load_wide(const float* source) { return load(source); }
-inline WideFloats load_wide(const int8_t* source) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
-}
+constexpr int64_t kWideLanes = 16;
+inline __m512 load_wide(const float* source) { return _mm512_loadu_ps(source); }
+inline void store(float* target, __m512 values) { _mm512_storeu_ps(target, values); }
 #endif
-constexpr int64_t kWideLanes = sizeof(WideFloats) / sizeof(float);
 
 }  // namespace t2app

@@ -1,0 +1,121 @@
+// Matrix products in float32 for many rows: some columns of x Wᵀ at a time, whose weights are widened once for all rows.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "ahead.h"
+#include "scratch.h"
+#include "vector.h"
+
+namespace t2app {
+
+// Columns of a panel: two registers of float32, by which six rows fill the sixteen that there are.
+constexpr int64_t kPanelColumns = 2 * kLanes;
+constexpr int kPanelRows = 6;
+
+// Lane i of register j to lane j of register i.
+inline void transpose(Pairs (&registers)[kLanes]) {
+  Pairs twos[kLanes], fours[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    twos[i] = _mm256_unpacklo_epi32(registers[i], registers[i + 1]);
+    twos[i + 1] = _mm256_unpackhi_epi32(registers[i], registers[i + 1]);
+  }
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int half = 0; half < 2; ++half) {
+      fours[i + 2 * half] = _mm256_unpacklo_epi64(twos[i + half], twos[i + 2 + half]);
+      fours[i + 2 * half + 1] = _mm256_unpackhi_epi64(twos[i + half], twos[i + 2 + half]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    registers[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    registers[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
+}
+
+// panel (k, kPanelColumns) from rows of W (columns, k), their elements in even-first order; zeros where there is no column.
+inline void widen_panel(const uint16_t* weights, int64_t columns, int64_t k, float* panel) {
+  for (int64_t i = 0; i < k; i += kBlock) {
+    for (int64_t first = 0; first < kPanelColumns; first += kLanes) {
+      Pairs pairs[kLanes];
+      for (int64_t c = 0; c < kLanes; ++c) {
+        pairs[c] = first + c < columns ? load_pairs(weights + (first + c) * k + i) : _mm256_setzero_si256();
+      }
+      transpose(pairs);
+      for (int64_t p = 0; p < kLanes; ++p) {
+        store(panel + (i + p) * kPanelColumns + first, even_elements(pairs[p]));
+        store(panel + (i + kLanes + p) * kPanelColumns + first, odd_elements(pairs[p]));
+      }
+    }
+  }
+}
+
+// Memory that is asked for in passing, a little with each block of a panel.
+class AskedInPassing {
+ public:
+  AskedInPassing(const char* begin, int64_t bytes, int64_t blocks)
+      : next_(begin), end_(begin + bytes), bytes_at_once_((bytes / kCacheLine + blocks - 1) / blocks * kCacheLine) {}
+
+  void ask() {
+    const char* until = std::min(next_ + bytes_at_once_, end_);
+    for (; next_ < until; next_ += kCacheLine) _mm_prefetch(next_, _MM_HINT_T1);
+  }
+
+ private:
+  const char *next_, *end_;
+  const int64_t bytes_at_once_;
+};
+
+// result (R, kPanelColumns) = x panel for R rows of x (…, k) in even-first order.
+template <int R>
+void multiply_panel(const float* x, const float* panel, int64_t k, float* result, AskedInPassing& next) {
+  Floats sums[R][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = zeros();
+  for (int64_t block = 0; block < k; block += kBlock) {
+    next.ask();
+    for (int64_t i = block; i < block + kBlock; ++i) {
+      const Floats first = load(panel + i * kPanelColumns), second = load(panel + i * kPanelColumns + kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Floats of_row = all(x[r * k + i]);
+        sums[r][0] = multiply_add(first, of_row, sums[r][0]);
+        sums[r][1] = multiply_add(second, of_row, sums[r][1]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    store(result + r * kPanelColumns, sums[r][0]);
+    store(result + r * kPanelColumns + kLanes, sums[r][1]);
+  }
+}
+
+// Columns begin to end of x Wᵀ for x (rows, k) in even-first order and W (n, k); `store` takes a row, the first of some
+// columns that follow one another, how many they are, and their values.
+template <typename Store>
+void multiply_many(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
+                   const Ahead& ahead, const Store& store) {
+  const int64_t tiles = std::max<int64_t>(rows / kPanelRows, 1), panel_bytes = kPanelColumns * k * sizeof(*weight);
+  Scratch<float> panel(k * kPanelColumns), results(rows * kPanelColumns);
+  for (int64_t first = begin; first < end; first += kPanelColumns) {
+    const int64_t columns = std::min(kPanelColumns, end - first), after = first + kPanelColumns;
+    widen_panel(weight + first * k, columns, k, panel.data());
+    const char* begin_of_next = after < end ? reinterpret_cast<const char*>(weight + after * k) : ahead.next();
+    AskedInPassing next(begin_of_next, begin_of_next == nullptr ? 0 : panel_bytes, tiles * k / kBlock);
+    int64_t row = 0;
+    const auto some = [&]<int R>() {
+      for (; row + R <= rows; row += R) {
+        multiply_panel<R>(x + row * k, panel.data(), k, results.data() + row * kPanelColumns, next);
+      }
+    };
+    some.template operator()<kPanelRows>();
+    some.template operator()<4>();
+    some.template operator()<2>();
+    some.template operator()<1>();
+    for (int64_t r = 0; r < rows; ++r) store(r, first, columns, results.data() + r * kPanelColumns);
+  }
+}
+
+}  // namespace t2app

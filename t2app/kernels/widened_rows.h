@@ -1,0 +1,109 @@
+// A linear layer, plain or with a spectral edit at its narrow side, in float32: each weight is read and widened once for
+// several rows.
+
+#pragma once
+
+#include <algorithm>
+
+#include "bfloat16.h"
+#include "layer_job.h"
+#include "scratch.h"
+#include "widened_panels.h"
+
+namespace t2app {
+
+constexpr int64_t kWeightRowsAtOnce = 16;
+// `multiply_many` for a few rows: decoding multiplies one or two by every weight of the model, so a step costs what reading
+// the weights costs, if they are asked for before they are needed.
+template <typename Store>
+void multiply_few(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
+                  const Ahead& ahead, const Store& store) {
+  float results[kRowsAtOnce][kWeightRowsAtOnce];
+  for (int64_t tile = begin; tile < end; tile += kWeightRowsAtOnce) {
+    const int64_t columns = std::min(kWeightRowsAtOnce, end - tile);
+    for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, rows - row);
+      for (int64_t o = 0; o < columns; ++o) {
+        float of_column[kRowsAtOnce];
+        products(count, weight + (tile + o) * k, x + row * k, k, of_column, ahead);
+        for (int64_t r = 0; r < count; ++r) results[r][o] = of_column[r];
+      }
+      for (int64_t r = 0; r < count; ++r) store(row + r, tile, columns, results[r]);
+    }
+  }
+}
+
+// A layer for the rows of x, to y.
+class WidenedRows : public LayerJob {
+ public:
+  WidenedRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
+              const at::Tensor& y)
+      : LayerJob(edited, tokens_of_row, threads),
+        rows_(rows),
+        n_(layer_.out_features),
+        k_(layer_.in_features),
+        x_(rows * k_),
+        weight_(bits(layer_.weight)),
+        y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
+    for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
+    if (edited.edits_output()) product_.resize(rows * n_);
+  }
+
+ private:
+  // This thread's share of the columns of x Wᵀ; `store` is as for `multiply_many`.
+  template <typename Store>
+  void multiply_columns(const float* x, const Ahead& ahead, const Store& store) const {
+    const Share share(n_);
+    if (layer_.many) {
+      multiply_many(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+    } else {
+      multiply_few(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+    }
+  }
+
+  void multiply(const Ahead& ahead) override { multiply_to_result(x_.data(), ahead); }
+
+  void compute_edit(const Ahead& ahead) override {
+    edit_->compute(edits_input_ ? x_.data() : product_.data(), ahead);
+  }
+
+  void multiply_to_result(const float* x, const Ahead& ahead) const {
+    multiply_columns(x, ahead, [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+      store_rounded_sums(values, layer_.bias.data() + first, columns, y_ + row * n_ + first);
+    });
+  }
+
+  void multiply_edited_input(const Ahead& ahead) override {
+    // Each thread has its own copy of x, so that none waits for another's.
+    Scratch<float> own(x_);
+    edit_->apply(own.data(), 0, k_);
+    multiply_to_result(own.data(), ahead);
+  }
+
+  void multiply_to_product(const Ahead& ahead) override {
+    multiply_columns(x_.data(), ahead, [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+      for (int64_t o = 0; o < columns; ++o) product_[row * n_ + place(first + o)] = values[o];
+    });
+  }
+
+  void store_edited_output() override {
+    // Whole blocks, whose elements are in another order here than in the result.
+    const Share blocks(n_ / kBlock);
+    const int64_t begin = blocks.begin * kBlock, end = blocks.end * kBlock;
+    edit_->apply(product_.data(), begin, end);
+    float in_order[kBlock];
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t o = begin; o < end; o += kBlock) {
+        put_in_order(product_.data() + row * n_ + o, in_order);
+        store_rounded_sums(in_order, layer_.bias.data() + o, kBlock, y_ + row * n_ + o);
+      }
+    }
+  }
+
+  const int64_t rows_, n_, k_;
+  Scratch<float> x_, product_;
+  const uint16_t* weight_;
+  uint16_t* y_;
+};
+
+}  // namespace t2app
