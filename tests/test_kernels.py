@@ -27,7 +27,7 @@ from t2app.key_values import GrowingCache
 from t2app.products import edited
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths
 
-SHAPES = [(1536, 576), (576, 1536), (192, 576), (7, 48), (5, 30)]
+SHAPES = [(1536, 576), (576, 1536), (192, 576), (41, 48), (7, 48), (5, 30)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +65,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 40, MANY_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 9, 40, MANY_ROWS, MANY_ROWS + 1])
 def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     x, weight, bias = random(rows, 1, shape[1]), random(*shape), random(shape[0])
     exact = F.linear(x.double(), weight.double(), bias.double())
@@ -73,12 +73,6 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     assert found.shape == (rows, 1, shape[0])
     assert relative_error(found, exact) < 2**-8
     assert relative_error(fast_layer(weight)(x), exact - bias.double()) < 2**-8
-
-
-def kernel_of(layer: FastLinear, tokens: int) -> torch.ScriptObject:
-    """The fastest kernel, or the one for few rows where torch is faster than any."""
-    kernel = layer.kernel_for(tokens)
-    return layer.kernel(FEW_KERNEL) if kernel is None else kernel
 
 
 @pytest.mark.parametrize("kind", [FEW_KERNEL, MANY_KERNEL])
@@ -144,7 +138,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
     edit = row_edit(packed, basis.edits_input, edited_rows, delta)
-    kernel = kernel_of(layer, rows * tokens)
+    kernel = layer.kernel_for(rows * tokens)
     found = kernel.forward(x, edit)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
@@ -197,8 +191,28 @@ def test_packed_vectors_alone_serve_a_long_prompt_and_a_gradient(shape, rows):
     assert relative_error(gradients["packed"], gradients["exact"].double()) < 2**-6
 
 
-def test_vectors_that_the_kernel_cannot_read_are_not_packed():
-    assert pack_vectors(torch.eye(30)) is None
+@pytest.mark.parametrize("length", [30, 48])
+def test_vectors_that_the_kernel_cannot_read_are_not_packed(length):
+    assert pack_vectors(torch.eye(length)) is None
+
+
+def test_edit_of_the_largest_bytes_is_as_exact_as_its_roundings():
+    signs = [torch.randint(0, 2, (64, 64), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1 for seed in (0, 1)]
+    side, vectors = signs[0][:3, None].to(torch.bfloat16), signs[1] / 8  # each of them is ±127 in 8 bits
+    delta = 0.1 * torch.ones(1, 64)
+    exact = edited(side.double(), slice(0, 3), vectors.double(), delta.double())
+    found = row_edit(pack_vectors(vectors.to(torch.bfloat16)), False, slice(0, 3), delta).forward(side, None)
+    assert relative_error(found, exact) < 2**-7
+
+
+@pytest.mark.parametrize("edits_input", [True, False])
+def test_what_an_edited_row_is_changed_by_does_not_depend_on_its_company(edits_input):
+    vectors = pack_vectors(torch.linalg.qr(random(128, 128).float()).Q.to(torch.bfloat16))
+    side, delta = random(13, 1, 128), torch.randn(13, 128, generator=torch.Generator().manual_seed(0))
+    together = row_edit(vectors, edits_input, slice(0, 13), delta).forward(side, None)
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 9), slice(2, 13)):
+        alone = row_edit(vectors, edits_input, slice(0, rows.stop - rows.start), delta[rows])
+        assert torch.equal(alone.forward(side[rows], None), together[rows])
 
 
 @pytest.mark.parametrize("heads, key_heads, size", [(9, 3, 64), (4, 4, 16), (8, 1, 48), (14, 2, 64)])
@@ -276,8 +290,8 @@ def mixtures_of(model: SpectralModel) -> list[dict[str, torch.Tensor] | None]:
     ]
 
 
-# New tokens a row of passes one after another: a prompt, more of it, and steps. Kernels take so few on any CPU.
-PASSES = (2, 2, *[1] * 8)
+# New tokens a row of passes one after another: a prompt, more of it, and steps.
+PASSES = (40, 2, *[1] * 8)
 
 
 def passes_logits(model: SpectralModel, rows: list, padded: bool = True) -> torch.Tensor:

@@ -3,8 +3,7 @@
 Mean Kullback-Leibler divergence a token of an answer, in nats, of the adapted model in fp32 from:
 
 - `bf16`: the model in bfloat16, edits as torch computes them in bfloat16;
-- `bf16_8_bits`: the same by the kernels, whose edits round to 8 bits: singular vectors, and where the CPU multiplies
-  bytes what meets them too;
+- `bf16_8_bits`: the same by the kernels, whose edits round singular vectors and what meets them to 8 bits;
 - `directions_75` and so on: the model in fp32 with the smallest |z − 1| of each layer at 0, 75 % of them kept.
 """
 

@@ -14,7 +14,7 @@ from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
 
-_ROWS = (1, 2, 3, 4, 8, 12, 16, 64, 96, 128, 256, 384)
+_ROWS = (1, 2, 3, 4, 6, 7, 8, 16, 64, 96, 128, 256, 384)
 _STEPS = 5
 
 

@@ -23,17 +23,15 @@ def _has_avx512() -> bool:
 
 
 @cache
-def has_byte_products() -> bool:
-    """Whether the CPU multiplies bytes, 64 at a time."""
+def _has_vnni() -> bool:
+    """Whether the CPU multiplies 64 bytes at a time and sums each four (AVX-512 VNNI)."""
     return _has_avx512() and torch.cpu._is_vnni_supported()
 
 
 @cache
 def has_bfloat16_arithmetic() -> bool:
-    """Whether the CPU multiplies bfloat16 itself, as only CPUs do that multiply bytes; torch then does so well for many
-    rows.
-    """
-    return has_byte_products() and torch.cpu._is_avx512_bf16_supported()
+    """Whether the CPU multiplies bfloat16 itself, as only CPUs with VNNI do; torch then does so well for many rows."""
+    return _has_vnni() and torch.cpu._is_avx512_bf16_supported()
 
 
 @cache
@@ -69,7 +67,7 @@ def _instructions() -> list[str]:
     flags = ["-mavx2", "-mfma"]
     if _has_avx512():
         flags += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    if has_byte_products():
+    if _has_vnni():
         flags += ["-mavx512vnni"]
     if has_bfloat16_arithmetic():
         flags += ["-mavx512bf16"]

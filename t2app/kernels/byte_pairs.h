@@ -2,25 +2,25 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 
-#include "tiles.h"
+#include "vector.h"
 
 namespace t2app {
 
 // What `tiles.h` multiplies: rows of x by vectors. They are products of an unsigned byte and a signed one: |x|, and an entry
-// that has taken the sign of x. Both are below 128, so that no sum of two overflows.
+// that has taken the sign of x. No sum of two such products overflows.
 struct OfBytes {
   using Element = int8_t;
   using Register = __m256i;
   using Sums = __m256i;
   static constexpr int kRows = 8, kColumns = 1;
   static constexpr int64_t kBlock = 32;
-  // What an entry is met as too much.
   static constexpr int32_t kOffset = 0;
-  // Rows whose contributions are summed together.
   static constexpr int kRowsTogether = 2;
 
   static Register load(const Element* row) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)); }

@@ -1,17 +1,23 @@
 // Products of bytes, summed in 32-bit integers: more of them at a time than float32 allows, and singular vectors of 8 bits are
-// multiplied as they lie in memory.
+// multiplied as they lie in memory. `OfBytes` is how a CPU does that; beside what `tiles.h` takes of it:
+//
+//   kOffset: what it adds to an entry of a vector before it is multiplied.
+//   kRowsTogether: rows whose contributions are summed together.
+//   all: an integer in all places; interleave, store_in_order: four vectors at a time, place by place, and back.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "ahead.h"
 #ifdef __AVX512VNNI__
 #include "byte_quadruples.h"
 #else
 #include "byte_pairs.h"
 #endif
 #include "scratch.h"
+#include "tiles.h"
 
 namespace t2app {
 
@@ -81,8 +87,8 @@ inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, i
     }
   };
   some.template operator()<OfBytes::kRowsTogether>();
-  some.template operator()<3>();
-  some.template operator()<2>();
+  if constexpr (OfBytes::kRowsTogether > 3) some.template operator()<3>();
+  if constexpr (OfBytes::kRowsTogether > 2) some.template operator()<2>();
   some.template operator()<1>();
 }
 

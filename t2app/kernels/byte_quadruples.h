@@ -2,9 +2,11 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
-#include "tiles.h"
+#include "vector.h"
 
 namespace t2app {
 
@@ -15,7 +17,7 @@ inline void add_products(__m512i& sums, __m512i unsigned_bytes, __m512i signed_b
 }
 
 // What `tiles.h` multiplies: rows of x by vectors, with kOffset · Σ x too much. They are products of a signed byte and an
-// unsigned one: an entry of a vector is met as entry + kOffset.
+// unsigned one: to an entry of a vector kOffset is added.
 struct OfBytes {
   using Element = int8_t;
   using Register = __m512i;
@@ -23,7 +25,6 @@ struct OfBytes {
   static constexpr int kRows = 8, kColumns = 3;
   static constexpr int64_t kBlock = 64;
   static constexpr int32_t kOffset = 128;
-  // Rows whose contributions are summed together.
   static constexpr int kRowsTogether = 4;
 
   static Register load(const Element* row) { return _mm512_loadu_si512(row); }

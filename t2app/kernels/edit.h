@@ -82,6 +82,8 @@ class Edit {
   Scratch<float> changes_;  // of each thread and row
 };
 
+static_assert(kEditBlock % OfBytes::kBlock == 0);
+
 // Of vectors that are read for their coordinates and again for their contributions: they stay in the second cache.
 constexpr int64_t kVectorBytesAtOnce = 1 << 18;
 

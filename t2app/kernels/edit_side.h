@@ -47,8 +47,12 @@ class EditSide : public Job {
         std::copy(source_ + token * narrow_ + begin, source_ + token * narrow_ + end, target + begin);
         continue;
       }
-      const float* own = side_.data() + token * narrow_;
-      for (int64_t i = begin; i < end; ++i) target[i] = rounded(own[place(i)] + bias_[place(i)]);
+      float own[kBlock], bias[kBlock];
+      for (int64_t i = begin; i < end; i += kBlock) {
+        put_in_order(side_.data() + token * narrow_ + i, own);
+        put_in_order(bias_.data() + i, bias);
+        store_rounded_sums(own, bias, kBlock, target + i);
+      }
     }
   }
 

@@ -26,7 +26,7 @@ struct Layer : torch::CustomClassHolder {
         many(many) {
     TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.dim() == 2,
                 "a contiguous weight in bfloat16 was expected");
-    TORCH_CHECK(in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
+    TORCH_CHECK(in_features > 0 && in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
     if (bias) {
       const at::Tensor wide = bias->to(at::kFloat).contiguous();
       TORCH_CHECK(wide.numel() == out_features, "the bias does not match the weight");
@@ -39,8 +39,7 @@ struct Layer : torch::CustomClassHolder {
   std::vector<float> bias;
   const bool many;
 
-  // Whether bfloat16 is multiplied as it is.
-  bool dot() const { return kMultipliesBfloat16 && many && in_features % (2 * kBlock) == 0; }
+  bool multiplies_bfloat16() const { return kMultipliesBfloat16 && many && in_features % (2 * kBlock) == 0; }
 };
 
 // A layer with W' in place of W for the rows that `edit` names, which is null where there are none.

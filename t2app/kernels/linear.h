@@ -23,7 +23,7 @@ inline int64_t threads_for(int64_t weights) {
 inline std::unique_ptr<Job> job_of(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row,
                                    int64_t threads, const at::Tensor& y) {
 #ifdef __AVX512BF16__
-  if (edited.layer.dot()) return std::make_unique<DotRows>(edited, x, rows, tokens_of_row, threads, y);
+  if (edited.layer.multiplies_bfloat16()) return std::make_unique<DotRows>(edited, x, rows, tokens_of_row, threads, y);
 #endif
   return std::make_unique<WidenedRows>(edited, x, rows, tokens_of_row, threads, y);
 }

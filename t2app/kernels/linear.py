@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, kernel_class
 
 FEW_KERNEL, MANY_KERNEL = "few", "many"
-# Up to how many rows each kernel is the fastest that there is (`bench products`): the first one where the CPU
-# multiplies bfloat16 itself, and where it does not.
-_FEW_ROWS_BESIDE_DOT, _FEW_ROWS = 1, 7
+# Up to how many rows the first kernel is the fastest that there is: where the other one multiplies bfloat16 as it is,
+# and where it widens it. And up to how many the other one is. All by `bench products`.
+_FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 1, 7
 MANY_ROWS = 256
-# What rows divide by where bfloat16 is multiplied as it is, and singular vectors, whose bytes are.
-_DOT_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
+# What rows divide by where bfloat16 is multiplied as it is, and singular vectors on all CPUs: the most bytes that any
+# of them multiplies together.
+_BFLOAT16_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
 
 
 class PackedVectors(NamedTuple):
@@ -159,8 +160,11 @@ def _fastest_kernel(tokens: int, length: int) -> str | None:
     """The kind of the kernel for so many tokens, None where there is none; it reads rows of this length."""
     if length % WIDTH or tokens > MANY_ROWS:
         return None
-    dot = has_bfloat16_arithmetic() and not length % _DOT_WIDTH
-    return FEW_KERNEL if tokens <= (_FEW_ROWS_BESIDE_DOT if dot else _FEW_ROWS) else MANY_KERNEL
+    as_it_is = has_bfloat16_arithmetic() and not length % _BFLOAT16_WIDTH
+    if tokens <= (_FEW_ROWS_BESIDE_BFLOAT16 if as_it_is else _FEW_ROWS):
+        return FEW_KERNEL
+    # What is left to torch where it multiplies bfloat16 too.
+    return MANY_KERNEL if as_it_is or not has_bfloat16_arithmetic() else None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

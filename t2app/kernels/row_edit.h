@@ -8,13 +8,14 @@
 
 namespace t2app {
 
-// What the length of a singular vector divides by (`_BYTES_WIDTH` in linear.py): the bytes that are multiplied together.
+// What the length of a singular vector divides by (`_BYTES_WIDTH` in linear.py): the most bytes that any CPU multiplies
+// together.
 constexpr int64_t kEditBlock = 64;
 
 struct RowEdit : torch::CustomClassHolder {
   // s + V((z − 1) ⊙ Vᵀs) for the narrow side s of `edited` rows from `first` on.
   //
-  // vectors (rank, narrow) in int8, a singular vector a row, in even-first order; a vector is scale · integers, with the
+  // vectors (rank, narrow) in int8, from −127 on, a singular vector a row, in even-first order; a vector is scale · integers, with the
   // scales (rank,) in float32. delta (1 or edited rows, rank) is z − 1 in float32. edits_input: whether the narrow side
   // is the layer's input, or its output.
   RowEdit(const at::Tensor& vectors, const at::Tensor& scales, const at::Tensor& delta, bool edits_input, int64_t first,

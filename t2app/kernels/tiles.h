@@ -2,9 +2,9 @@
 //
 //   Element: of a row, as it lies in memory.
 //   Register, Sums: kBlock elements together, and what their products are summed in.
-//   kRows, kColumns: a tile's rows of x and of W, whose sums are most of the registers that there are.
+//   kRows, kColumns: a tile's rows of x and of W, whose sums fit in the registers that there are.
 //   load, load_column: of a row of x, and of W, which is read once for several of x; add: their products to the sums;
-//       as_floats: sums, as a register of float32.
+//       zeros, as_floats: no sums yet, and sums as a register of float32.
 
 #pragma once
 
@@ -13,13 +13,14 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "bfloat16.h"
+#include "ahead.h"
+#include "vector.h"
 #include "scratch.h"
 
 namespace t2app {
 
 constexpr int kSumsAtOnce = 8;
-// Columns of a result that are stored together, a multiple of a tile's.
+// Columns of a result that are stored together.
 constexpr int64_t kColumnsAtOnce = 48;
 
 // The sum of each of eight registers, in a quarter of the instructions that eight sums take one by one.
@@ -145,6 +146,7 @@ void dot_columns_in_turn(const typename Of::Element* x, int64_t rows, const type
 template <typename Of, typename Store>
 void dot_multiply(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
                   int64_t end, int64_t k, const Ahead& ahead, const Store& store) {
+  static_assert(kColumnsAtOnce % Of::kColumns == 0);
   Scratch<float> results(rows * kColumnsAtOnce);
   for (int64_t first = begin; first < end; first += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, end - first);

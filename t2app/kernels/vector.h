@@ -69,6 +69,7 @@ inline void put_in_order(const float* even_first, float* target) {
 }
 
 #ifdef __AVX512F__
+// And of AVX-512: sixteen float32.
 constexpr int64_t kWideLanes = 16;
 inline __m512 load_wide(const float* source) { return _mm512_loadu_ps(source); }
 inline void store(float* target, __m512 values) { _mm512_storeu_ps(target, values); }

@@ -4,23 +4,28 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
+#include "ahead.h"
 #include "bfloat16.h"
+#include "job.h"
 #include "layer_job.h"
 #include "scratch.h"
 #include "widened_panels.h"
 
 namespace t2app {
 
-constexpr int64_t kWeightRowsAtOnce = 16;
+// Columns of a result that are stored together.
+constexpr int64_t kFewColumnsAtOnce = 16;
+
 // `multiply_many` for a few rows: decoding multiplies one or two by every weight of the model, so a step costs what reading
 // the weights costs, if they are asked for before they are needed.
 template <typename Store>
 void multiply_few(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
                   const Ahead& ahead, const Store& store) {
-  float results[kRowsAtOnce][kWeightRowsAtOnce];
-  for (int64_t tile = begin; tile < end; tile += kWeightRowsAtOnce) {
-    const int64_t columns = std::min(kWeightRowsAtOnce, end - tile);
+  float results[kRowsAtOnce][kFewColumnsAtOnce];
+  for (int64_t tile = begin; tile < end; tile += kFewColumnsAtOnce) {
+    const int64_t columns = std::min(kFewColumnsAtOnce, end - tile);
     for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - row);
       for (int64_t o = 0; o < columns; ++o) {
