@@ -26,9 +26,30 @@ class GrowingCache(DynamicCache):
 class GrowingLayer(DynamicLayer):
     """`keys` and `values` (rows, heads, tokens, head size) are the beginning of tensors with room for more tokens."""
 
-    def __init__(self):
-        super().__init__()
-        self._room: tuple[Tensor, Tensor] | None = None
+    # The tensors with room, of which so many tokens were seen; None where what was seen stands in no room.
+    _room: tuple[Tensor, Tensor] | None = None
+    _length = 0
+    # Keys and values as they were last asked for: a step of a decoder in one call makes none of these views.
+    _seen: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return self._views()[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._put(keys, self.values)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._views()[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._put(self.keys, values)
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self._room is None else self._length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Add the tokens of `key_states` and `value_states`; returns the keys and values of all tokens."""
@@ -37,45 +58,46 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.begin(key_states, value_states)
         tokens = key_states.shape[-2]
-        keys, values = self.extend(tokens)
-        keys[..., -tokens:, :] = key_states
-        values[..., -tokens:, :] = value_states
-        return keys, values
+        self.extend(tokens)
+        self.keys[..., -tokens:, :] = key_states
+        self.values[..., -tokens:, :] = value_states
+        return self._views()
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         """Have seen no token yet, of such keys and values (rows, heads, any number of tokens, head size)."""
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys[..., :0, :], values[..., :0, :]
+        self._put(keys[..., :0, :], values[..., :0, :])
 
     def hold(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Have seen the first `length` tokens of these; what is behind them is room that nobody else writes to."""
-        self._room = keys, values
-        self.keys, self.values = (room.narrow(-2, 0, length) for room in self._room)
+        self._room, self._length, self._seen = (keys, values), length, (None, None)
 
     def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The keys and values of all tokens and of so many more, which are the caller's to write."""
-        length = self.keys.shape[-2] + tokens
-        if self._has_room(length):
+        """See so many more tokens, which are the caller's to write; gives keys and values with the room behind them."""
+        length = self.get_seq_length() + tokens
+        if self._room is not None and length <= self._room[0].shape[-2]:
             self.hold(*self._room, length)
         else:
             self.hold(_with_room(self.keys, length), _with_room(self.values, length), length)
-        return self.keys, self.values
+        return self._room
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, as tensors of their own."""
         if self.get_seq_length() == 0 or _recorded(self.keys, self.values):
             super().batch_select_indices(indices)
             return
-        length = self.keys.shape[-2]
+        length = self.get_seq_length()
         self.hold(_with_room(self.keys, length, indices), _with_room(self.values, length, indices), length)
 
-    def _has_room(self, length: int) -> bool:
-        """Whether what was seen stands in the room, which it no more does once tokens were forgotten, and more fits."""
-        if self._room is None:
-            return False
-        keys = self._room[0]
-        same = self.keys.data_ptr() == keys.data_ptr() and self.keys.shape[0] == keys.shape[0]
-        return same and length <= keys.shape[-2]
+    def _views(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._room is not None and self._seen[0] is None:
+            keys, values = self._room
+            self._seen = keys.narrow(-2, 0, self._length), values.narrow(-2, 0, self._length)
+        return self._seen
+
+    def _put(self, keys: Tensor | None, values: Tensor | None) -> None:
+        """What transformers does with a layer, such as forgetting tokens, leaves it without room."""
+        self._room, self._seen = None, (keys, values)
 
 
 def room_for(length: int) -> int:

@@ -130,7 +130,8 @@ class Block {
   //
   // cos, sin (1 or rows, new tokens, head size) are those of the new tokens' positions; keys and values (rows, key heads,
   // tokens, head size) have room for the new tokens at the end, which are written; mask (1 or rows, 1, new tokens, tokens)
-  // is true for what a token attends to, and where there is none a token attends to itself and all before it.
+  // is true for what one new token attends to, and what is added to the scores of several; where there is none a token
+  // attends to itself and all before it.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
                      const at::Tensor& values, const std::optional<at::Tensor>& mask) const {
     TORCH_CHECK(x.dim() == 3 && x.scalar_type() == at::kBFloat16, "(rows, tokens, hidden) in bfloat16 was expected");

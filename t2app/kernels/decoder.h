@@ -5,6 +5,10 @@
 
 #pragma once
 
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+
 #include "block.h"
 
 namespace t2app {
@@ -31,18 +35,27 @@ struct Decoder : torch::CustomClassHolder {
   }
 
   // What the output layer takes, (rows, new tokens, hidden), for embeddings x of that shape; keys and values are those of
-  // each block, and all else is as for `Block`.
+  // each block, of which `length` tokens are seen with the new ones; mask (1 or rows, 1, new tokens, tokens) is true for
+  // what a token attends to; all else is as for `Block`.
   at::Tensor forward(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const std::vector<at::Tensor>& keys,
-                     const std::vector<at::Tensor>& values, const std::optional<at::Tensor>& mask) const {
+                     const std::vector<at::Tensor>& values, int64_t length, const std::optional<at::Tensor>& mask) const {
     TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),
                 "keys and values of each block were expected");
+    const bool several = x.dim() == 3 && x.size(1) > 1;
+    const std::optional<at::Tensor> blocks_mask = mask && several ? std::optional(added_to_scores(*mask, x)) : mask;
     for (size_t block = 0; block < blocks_.size(); ++block) {
-      x = blocks_[block].forward(x, cos, sin, keys[block], values[block], mask);
+      x = blocks_[block].forward(x, cos, sin, keys[block].narrow(2, 0, length), values[block].narrow(2, 0, length),
+                                 blocks_mask);
     }
     return rms_norm(x, norm_, epsilon_);
   }
 
  private:
+  // A mask as torch's attention adds it, which makes that of one of bools itself, in every block.
+  static at::Tensor added_to_scores(const at::Tensor& mask, const at::Tensor& x) {
+    return at::zeros(mask.sizes(), x.options()).masked_fill_(mask.logical_not(), -std::numeric_limits<double>::infinity());
+  }
+
   std::vector<Block> blocks_;
   const at::Tensor norm_;
   const double epsilon_;

@@ -113,7 +113,7 @@ class FastDecoder:
             if not layer.is_initialized:
                 layer.begin(none, none)
         keys, values = zip(*(layer.extend(tokens) for layer in cache.layers), strict=True)
-        return kernel.forward(x, cos, sin, keys, values, mask)
+        return kernel.forward(x, cos, sin, keys, values, cache.get_seq_length(), mask)
 
     def _kernel_for(self, rows: int, tokens: int) -> ScriptObject | None:
         """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
