@@ -37,8 +37,9 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
         ways["factors"] = _factors
     if any(isinstance(layer.base, FastLinear) for layer in layers):
         for kind in (FEW_KERNEL, MANY_KERNEL):
-            ways |= {kind: partial(_kernel, kind), f"{kind}_edit": partial(_kernel_edit, kind)}
-            ways[f"{kind}_all"] = partial(_kernel_all, kind)
+            ways[kind] = partial(_kernel, kind)
+            ways[f"{kind}_edit"] = partial(_kernel_edit, kind, _last_half)
+            ways[f"{kind}_all"] = partial(_kernel_edit, kind, _all_rows)
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
@@ -81,15 +82,16 @@ def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor
     return lambda x: kernel.forward(x, None)
 
 
-def _kernel_edit(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    kernel, edit = layer.base.kernel(kind), row_edit(layer.packed, layer.edits_input, *_last_half(delta))
+def _kernel_edit(
+    kind: str, edited_rows: Callable[[Tensor], tuple[slice, Tensor]], layer: SpectralLinear, delta: Tensor
+) -> Callable[[Tensor], Tensor]:
+    kernel, edit = layer.base.kernel(kind), row_edit(layer.packed, layer.edits_input, *edited_rows(delta))
     return lambda x: kernel.forward(x, edit)
 
 
-def _kernel_all(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    kernel = layer.base.kernel(kind)
-    edit = row_edit(layer.packed, layer.edits_input, slice(0, len(delta)), delta)
-    return lambda x: kernel.forward(x, edit)
+def _all_rows(delta: Tensor) -> tuple[slice, Tensor]:
+    """All of the rows, and their z − 1."""
+    return slice(0, len(delta)), delta
 
 
 def _last_half(delta: Tensor) -> tuple[slice, Tensor]:

@@ -15,13 +15,7 @@ class DotRows : public LayerJob {
  public:
   DotRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
           const at::Tensor& y)
-      : LayerJob(edited, tokens_of_row, threads),
-        rows_(rows),
-        n_(layer_.out_features),
-        k_(layer_.in_features),
-        x_(bits(x)),
-        weight_(bits(layer_.weight)),
-        y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
+      : LayerJob(edited, rows, tokens_of_row, threads, y), x_(bits(x)) {
     if (!edited.edits_output()) return;
     product_.resize(rows * n_);
     rounded_product_.resize(rows * n_);
@@ -79,9 +73,7 @@ class DotRows : public LayerJob {
     }
   }
 
-  const int64_t rows_, n_, k_;
-  const uint16_t *x_, *weight_;
-  uint16_t* y_;
+  const uint16_t* x_;
   Scratch<float> product_;
   Scratch<uint16_t> rounded_product_;
 };

@@ -14,19 +14,24 @@ namespace t2app {
 
 class LayerJob : public Job {
  public:
-  LayerJob(const EditedLayer& edited, int64_t tokens_of_row, int64_t threads)
+  // A layer for `rows` rows, to y.
+  LayerJob(const EditedLayer& edited, int64_t rows, int64_t tokens_of_row, int64_t threads, const at::Tensor& y)
       : Job(edited.edit == nullptr ? 1 : edited.edits_input() ? 2 : 3),
         layer_(edited.layer),
-        edits_input_(edited.edits_input()) {
+        edits_input_(edited.edits_input()),
+        rows_(rows),
+        n_(layer_.out_features),
+        k_(layer_.in_features),
+        weight_(bits(layer_.weight)),
+        y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
     if (edited.edit != nullptr) edit_.emplace(*edited.edit, tokens_of_row, threads);
   }
 
   Stretch reads(int phase) const override {
     if (phase == edit_phase()) return edit_->reads();
     if (phase != product_phase()) return {};
-    const Share rows(layer_.out_features);
-    return {bits(layer_.weight) + rows.begin * layer_.in_features,
-            (rows.end - rows.begin) * layer_.in_features * static_cast<int64_t>(sizeof(uint16_t))};
+    const Share rows(n_);
+    return {weight_ + rows.begin * k_, (rows.end - rows.begin) * k_ * static_cast<int64_t>(sizeof(*weight_))};
   }
 
   void run(int phase, const Ahead& ahead) override {
@@ -50,6 +55,9 @@ class LayerJob : public Job {
 
   const Layer& layer_;
   const bool edits_input_;
+  const int64_t rows_, n_, k_;
+  const uint16_t* weight_;
+  uint16_t* y_;
   std::optional<Edit> edit_;
 
  private:

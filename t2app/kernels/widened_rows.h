@@ -38,18 +38,11 @@ void multiply_few(const float* x, int64_t rows, const uint16_t* weight, int64_t 
   }
 }
 
-// A layer for the rows of x, to y.
 class WidenedRows : public LayerJob {
  public:
   WidenedRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
               const at::Tensor& y)
-      : LayerJob(edited, tokens_of_row, threads),
-        rows_(rows),
-        n_(layer_.out_features),
-        k_(layer_.in_features),
-        x_(rows * k_),
-        weight_(bits(layer_.weight)),
-        y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
+      : LayerJob(edited, rows, tokens_of_row, threads, y), x_(rows * k_) {
     for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
     if (edited.edits_output()) product_.resize(rows * n_);
   }
@@ -105,10 +98,7 @@ class WidenedRows : public LayerJob {
     }
   }
 
-  const int64_t rows_, n_, k_;
   Scratch<float> x_, product_;
-  const uint16_t* weight_;
-  uint16_t* y_;
 };
 
 }  // namespace t2app
