@@ -26,11 +26,7 @@ def mixture_bars(weights: Mapping[str, float]) -> go.Figure:
 def probability_bars(probabilities: Mapping[str, float]) -> go.Figure:
     """What the first pass took the prompt for, as horizontal bars by category."""
     figure = _bars(probabilities, _BASE_COLOUR, ".0%", ".1%").update_xaxes(tickformat=".0%")
-    if not probabilities:
-        figure.add_annotation(_nothing("shown where the first pass looks at the prompt"))
-        # Without a bar Plotly puts numbers where the names would be.
-        figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    return figure
+    return figure if probabilities else _emptied(figure, "shown where the first pass looks at the prompt")
 
 
 def change_map(changes: Mapping[str, float]) -> go.Figure:
@@ -64,13 +60,13 @@ def change_map(changes: Mapping[str, float]) -> go.Figure:
             hovertemplate="block %{x}, %{y}: %{z:.4f}<extra></extra>",
         )
     )
-    return _laid_out(
+    figure = _laid_out(
         figure,
         height=170 + 26 * max(len(matrices), 1),
         xaxis={"title": "block", "showgrid": False, "zeroline": False},
         yaxis={"autorange": "reversed", "automargin": True, "showgrid": False, "zeroline": False},
-        annotations=[] if cells else [_nothing("the base model, unchanged")],
     )
+    return figure if cells else _emptied(figure, "the base model, unchanged")
 
 
 def search_trace(rounds: Sequence[Searched]) -> go.Figure:
@@ -107,15 +103,15 @@ def search_trace(rounds: Sequence[Searched]) -> go.Figure:
     if not rounds:
         figure.update_xaxes(visible=False)
         figure.update_yaxes(visible=False)
-    return _laid_out(
+    figure = _laid_out(
         figure,
         height=440,
         # The page's label lies on the uppermost 40 pixels, the legend below it.
         margin={"l": 8, "r": 8, "t": 70, "b": 8},
         showlegend=True,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        annotations=[] if rounds else [_nothing("nothing was searched yet")],
     )
+    return figure if rounds else _emptied(figure, "nothing was searched yet")
 
 
 def training_curve(validations: Mapping[str, Sequence[tuple[int, float]]]) -> go.Figure:
@@ -186,10 +182,10 @@ def _laid_out(figure: go.Figure, **layout) -> go.Figure:
     return figure.update_layout(**shared | layout)
 
 
-def _nothing(sentence: str) -> dict:
-    """What stands in a figure that has nothing to show yet."""
-    place = {"x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper"}
-    return {"text": sentence, "showarrow": False, **place}
+def _emptied(figure: go.Figure, sentence: str) -> go.Figure:
+    """A figure that has nothing to show yet: a sentence stands where axes would have numbers of Plotly's own."""
+    figure.update_xaxes(visible=False).update_yaxes(visible=False)
+    return figure.add_annotation(text=sentence, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
 
 
 def _block_and_matrix(path: str) -> tuple[int, str]:

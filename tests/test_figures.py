@@ -47,3 +47,5 @@ def test_probabilities_that_are_not_there_have_no_axis_with_numbers():
 @pytest.mark.parametrize("figure", [probability_bars({}), change_map({}), search_trace(())])
 def test_figure_without_data_says_so(figure):
     assert len(figure.layout.annotations) == 1 and figure.layout.annotations[0].text
+    axes = [*figure.select_xaxes(), *figure.select_yaxes()]
+    assert axes and all(axis.visible is False for axis in axes)  # nor numbers that mean nothing
