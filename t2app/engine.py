@@ -175,10 +175,12 @@ class Engine:
                 continue
             if not step:
                 started = time.perf_counter()
-            for row, token in step.items():
+            seconds = time.perf_counter() - started
+            for row in step:
                 counts[row] += 1
-                if text := streams[row].push(token):
-                    yield Token(STREAMS[row], text, counts[row], time.perf_counter() - started)
+            pieces = [(row, text) for row, token in step.items() if (text := streams[row].push(token))]
+            for place, (row, text) in enumerate(pieces, 1):
+                yield Token(STREAMS[row], text, counts[row], seconds, paired=place < len(pieces))
         seconds = time.perf_counter() - started
         for row, stream in enumerate(streams):
             if text := stream.finish():

@@ -182,12 +182,17 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of one stream's text; `tokens` so far in that stream, `seconds` since the second pass began."""
+    """A piece of one stream's text; `tokens` so far in that stream, `seconds` since the second pass began.
+
+    Attributes:
+        paired: whether the other stream's piece of the same step follows at once.
+    """
 
     stream: str
     text: str
     tokens: int
     seconds: float
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,10 +210,10 @@ Event = Waiting | Dispatched | Token | Finished | Searched | Reevaluated
 
 
 def as_json(event: Event) -> dict:
-    """The event as the command line prints it, with its name under "event"; `changes` and `trace` are for pictures."""
+    """The event as the command line prints it, with its name under "event", without what only a picture of it needs."""
     fields = {
         key: value
         for key, value in asdict(event).items()
-        if key not in ("changes", "trace") and (value is not None or key == "label")
+        if key not in ("changes", "trace", "paired") and (value is not None or key == "label")
     }
     return {"event": type(event).__name__.lower(), **fields}

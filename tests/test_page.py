@@ -11,7 +11,7 @@ from gradio_client import Client
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from t2app.bench.start import served_app
+from t2app.bench.served_app import served_app
 from t2app.catalogue import DEFAULT_MODEL, expert_files
 from t2app.mixtures import mixture_file, read_mixture
 

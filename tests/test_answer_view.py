@@ -1,0 +1,67 @@
+"""When the page is told of what: tokens that come close together are shown together, and none is lost."""
+
+import pytest
+
+from t2app.messages import Dispatched, Finished, Token, Waiting
+from t2app.ui import answer
+from t2app.ui.answer import _AnswerView
+
+OUTPUTS = ("answer", "stop", "status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the page takes for the time, in a list of one."""
+    now = [100.0]
+    monkeypatch.setattr(answer.time, "monotonic", lambda: now[0])
+    return now
+
+
+def shown(update: list) -> dict:
+    """The texts that an update shows, without what it leaves as it is."""
+    return {name: value for name, value in zip(OUTPUTS, update, strict=False) if isinstance(value, str)}
+
+
+def dispatched() -> tuple[_AnswerView, dict]:
+    view = _AnswerView(["math"])
+    view.running("Reading the prompt…")
+    return view, shown(view.event(Dispatched("math", {"math": 1.0}, None, 0.2)))
+
+
+def test_tokens_of_one_step_are_shown_together_at_once(clock):
+    view, _ = dispatched()
+    assert view.event(Token("base", "A", 1, 0.1, paired=True)) is None
+    update = shown(view.event(Token("adapted", "B", 1, 0.1)))
+    assert (update["base"], update["adapted"]) == ("A", "B")
+
+
+def test_steps_that_follow_closely_are_shown_by_the_next_update(clock):
+    view, _ = dispatched()
+    assert view.event(Token("base", "A", 1, 0.1)) is not None
+    clock[0] += 0.03
+    assert view.event(Token("base", " b", 2, 0.13)) is None
+    clock[0] += 0.03
+    assert shown(view.event(Token("base", " c", 3, 0.16)))["base"] == "A b c"
+    clock[0] += 0.03
+    assert view.event(Token("adapted", "B", 4, 0.19)) is None
+    # Not a token, but the tokens before it are as new.
+    assert shown(view.event(Waiting(1.0)))["adapted"] == "B"
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.0], ids=["soon", "after a while"])
+def test_others_are_not_said_to_be_served_once_a_token_came(clock, seconds):
+    view, before = dispatched()
+    view.event(Token("base", "A", 1, 0.1))
+    assert "others are served" in shown(view.event(Waiting(1.0)))["status"]
+    clock[0] += seconds
+    updates = [view.event(Token("base", " b", 2, 1.2)), view.event(Finished("A b", "", 2, 1.2, 1.7))]
+    status = [shown(update)["status"] for update in updates if update is not None and "status" in shown(update)]
+    assert status == [before["status"]]
+
+
+def test_what_fails_shows_the_tokens_before_it(clock):
+    view, _ = dispatched()
+    view.event(Token("base", "A", 1, 0.1))
+    view.event(Token("base", " b", 2, 0.11))
+    update = shown(view.failed("⚠️ Something."))
+    assert update["base"] == "A b" and update["status"] == "⚠️ Something."
