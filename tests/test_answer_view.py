@@ -4,7 +4,7 @@ import pytest
 
 from t2app.messages import Dispatched, Finished, Token, Waiting
 from t2app.ui import answer
-from t2app.ui.answer import _AnswerView
+from t2app.ui.answer import _UPDATE_SECONDS, _AnswerView
 
 OUTPUTS = ("answer", "stop", "status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base")
 
@@ -38,17 +38,17 @@ def test_tokens_of_one_step_are_shown_together_at_once(clock):
 def test_steps_that_follow_closely_are_shown_by_the_next_update(clock):
     view, _ = dispatched()
     assert view.event(Token("base", "A", 1, 0.1)) is not None
-    clock[0] += 0.03
+    clock[0] += 0.6 * _UPDATE_SECONDS
     assert view.event(Token("base", " b", 2, 0.13)) is None
-    clock[0] += 0.03
+    clock[0] += 0.6 * _UPDATE_SECONDS
     assert shown(view.event(Token("base", " c", 3, 0.16)))["base"] == "A b c"
-    clock[0] += 0.03
+    clock[0] += 0.6 * _UPDATE_SECONDS
     assert view.event(Token("adapted", "B", 4, 0.19)) is None
     # Not a token, but the tokens before it are as new.
     assert shown(view.event(Waiting(1.0)))["adapted"] == "B"
 
 
-@pytest.mark.parametrize("seconds", [0.01, 1.0], ids=["soon", "after a while"])
+@pytest.mark.parametrize("seconds", [0.0, 2 * _UPDATE_SECONDS], ids=["soon", "after a while"])
 def test_others_are_not_said_to_be_served_once_a_token_came(clock, seconds):
     view, before = dispatched()
     view.event(Token("base", "A", 1, 0.1))

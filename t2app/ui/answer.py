@@ -42,7 +42,7 @@ EXAMPLES = (
     "Write a short poem about the sea.",
 )
 MAX_PROMPT_CHARACTERS = 20_000
-# An update of the page takes as long as a token: with one for each, an answer would take twice as long (`bench page`).
+# An update of the page takes as long as a token: with one for each, answers took 2.5 times as long (`bench page`).
 _UPDATE_SECONDS = 0.1
 # Each holds one of the 40 threads that Gradio has for all that the page does, whether it is answered or waits.
 _ANSWERS_AT_A_TIME = 32
