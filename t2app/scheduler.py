@@ -4,9 +4,10 @@ Every row carries its own mixture, so the answers of different callers are rows 
 leave at token boundaries (continuous batching). transformers' own continuous batching packs the tokens of all requests
 into one row and draws from one generator: there is no row left to have a mixture, and company would change the draws.
 
-A prompt is run in parts, so that a long one keeps nobody waiting for their next token. Whatever else runs the model,
-such as a part of a first pass or a round of a search, is a piece of work that is done between two steps. Work and
-requests wait in two queues, in each of which the users take turns, and the first one in turn is overtaken by nobody.
+A prompt is run in parts, so that a long one keeps nobody waiting for their next token, nor for their first. Whatever
+else runs the model, such as a part of a first pass or a round of a search, is a piece of work that is done between two
+steps. Work, requests that wait to be let in and prompts that are run stand in queues, in each of which the users take
+turns; in the first two nobody overtakes the first one in turn.
 This file knows token ids and mixtures, and nothing of prompts or experts.
 """
 
@@ -23,6 +24,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -65,6 +67,9 @@ class FairQueue(Generic[_T]):
     def __bool__(self) -> bool:
         return bool(self._of_user)
 
+    def __iter__(self) -> Iterator[_T]:
+        return chain.from_iterable(self._of_user.values())
+
     def push(self, user: Hashable, item: _T) -> None:
         self._of_user.setdefault(user, deque()).append(item)
 
@@ -98,6 +103,7 @@ class _Request:
         parts: of running its prompt, once that has begun; they give the first tokens of its rows.
     """
 
+    user: Hashable
     prompt: Sequence[int]
     mixtures: Sequence[Deltas | None]
     sampling: Sampling
@@ -167,8 +173,8 @@ class Caller:
             ValueError: so many rows and tokens never fit; see `Scheduler.most_tokens`.
             EngineError: the GPU's memory did not suffice.
         """
-        request = self._request = _Request(prompt, mixtures, sampling, picture)
-        self._scheduler._add_request(self._user, request)
+        request = self._request = _Request(self._user, prompt, mixtures, sampling, picture)
+        self._scheduler._add_request(request)
         started = time.perf_counter()
         while True:
             try:
@@ -189,7 +195,7 @@ class Caller:
         if self._work is not None:
             self._work.cancel()
         if self._request is not None:
-            self._scheduler._cancel(self._user, self._request)
+            self._scheduler._cancel(self._request)
 
 
 class Scheduler:
@@ -218,10 +224,10 @@ class Scheduler:
         self.closed = self._stopped = False
         self._thread: threading.Thread | None = None
         self.serving: Caller | None = None
-        # Touched by the thread alone: what prompts begin with, the request whose prompt is run, the batch, and whose
+        # Touched by the thread alone: what prompts begin with, the requests whose prompts are run, the batch, and whose
         # its rows are, by the row's number: the request and its row.
         self._beginnings = Beginnings(adapted, beginning)
-        self._entering: _Request | None = None
+        self._entering: FairQueue[_Request] = FairQueue()
         self._batch = Batch(adapted, eos_ids)
         self._running: dict[int, tuple[_Request, int]] = {}
         leave_cores()
@@ -269,19 +275,19 @@ class Scheduler:
             self._work.push(user, (caller, future, work))
             self._wake()
 
-    def _add_request(self, user: Hashable, request: _Request) -> None:
+    def _add_request(self, request: _Request) -> None:
         most = self.most_tokens(len(request.mixtures))
         if request.tokens > most:
             rows = len(request.mixtures)
             raise ValueError(f"{rows} rows of {request.tokens} tokens never fit; {rows} rows may have {most} each")
         with self._changed:
-            self._waiting.push(user, request)
+            self._waiting.push(request.user, request)
             self._wake()
 
-    def _cancel(self, user: Hashable, request: _Request) -> None:
+    def _cancel(self, request: _Request) -> None:
         with self._changed:
             request.cancelled = True
-            self._waiting.remove(user, request)
+            self._waiting.remove(request.user, request)
 
     def _wake(self) -> None:
         """Have the thread look at the queues, which the caller holds the lock of."""
@@ -308,15 +314,12 @@ class Scheduler:
             self._drop_cancelled()
             with self._changed:
                 work = self._work.pop() if self._work else None
-                if self._entering is None and self._waiting and self._fits(self._waiting.first()):
-                    self._entering = self._waiting.pop()
-                    self._entering.admitted = True
-                    self._entering.parts = self._entered(self._entering)
-                    self._entering.steps.put({})
+                if self._waiting and self._fits(self._waiting.first()):
+                    self._admit(self._waiting.pop())
             if work is not None:
                 self._do(*work)
-            if self._entering is not None:
-                self._let_in(self._entering)
+            if self._entering:
+                self._let_in(self._entering.pop())
             if self._running:
                 self._step()
 
@@ -335,9 +338,16 @@ class Scheduler:
         return bool(self._work or self._waiting or self._entering or self._running)
 
     def _fits(self, request: _Request) -> bool:
-        """Whether the rows of a request fit beside those that run, once all of them are as long as the longest gets."""
-        longest = max(request.tokens, *(other.tokens for other, _ in self._running.values()), 0)
-        return longest <= self.most_tokens(len(self._running) + len(request.mixtures))
+        """Whether a request's rows fit beside those that are in, once all of them are as long as the longest gets."""
+        together = {request, *self._entering, *(other for other, _ in self._running.values())}
+        rows = len(self._running) + sum(len(other.mixtures) for other in (request, *self._entering))
+        return max(other.tokens for other in together) <= self.most_tokens(rows)
+
+    def _admit(self, request: _Request) -> None:
+        request.admitted = True
+        request.parts = self._entered(request)
+        request.steps.put({})
+        self._entering.push(request.user, request)
 
     def _do(self, caller: Caller, future: Future, work: Callable) -> None:
         if not future.set_running_or_notify_cancel():
@@ -355,13 +365,13 @@ class Scheduler:
         done, failure = _attempt(partial(next_part, request.parts))
         if failure is not None:
             request.steps.put(failure)
-        else:
-            ended, tokens = done
-            if not ended:
-                return
-            self._running |= {number: (request, row) for row, number in enumerate(tokens)}
-            self._deliver(tokens)
-        self._entering = None
+            return
+        ended, tokens = done
+        if not ended:
+            self._entering.push(request.user, request)
+            return
+        self._running |= {number: (request, row) for row, number in enumerate(tokens)}
+        self._deliver(tokens)
 
     def _entered(self, request: _Request) -> Parts[dict[int, int]]:
         """Run a request's prompt and let its rows join the batch: their first tokens."""
@@ -381,8 +391,8 @@ class Scheduler:
             self._give_up(failure)
 
     def _drop_cancelled(self) -> None:
-        if self._entering is not None and self._entering.cancelled:
-            self._entering = None
+        for request in [request for request in self._entering if request.cancelled]:
+            self._entering.remove(request.user, request)
         cancelled = {number for number, (request, _) in self._running.items() if request.cancelled}
         if not cancelled:
             return

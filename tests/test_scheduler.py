@@ -131,6 +131,10 @@ def answered_together(scheduler: Scheduler, requests: Sequence[tuple[str, Asked]
     return answers
 
 
+def short(request: Asked, tokens: int = 3) -> Asked:
+    return replace(request, sampling=Sampling(max_new_tokens=tokens))
+
+
 def at_once(*calls: Callable[[], object]) -> list:
     """What these give when they are called in a thread each."""
     results = [None] * len(calls)
@@ -248,6 +252,37 @@ def test_long_prompt_is_run_in_parts_between_the_steps_of_others(start, real, as
     assert between[0] < between[1] < 128 and between[2] == 301
 
 
+def test_short_prompt_beside_a_long_one_waits_for_a_part_of_it_only(start, real, asked, passes):
+    long = (asked[2].prompt * 60)[:900]
+    scheduler, seen = start(eos_ids=()), []
+
+    def ask(user: str, prompt: list[int], after: threading.Event, entered: threading.Event) -> None:
+        assert after.wait(PATIENCE)
+        with scheduler.caller(user) as caller:
+            for step in caller.decode(prompt, asked[2].mixtures, Sampling(max_new_tokens=1)):
+                if step == {}:
+                    entered.set()
+                elif not isinstance(step, Waiting):
+                    seen.append(user)
+
+    begun, done = threading.Event(), threading.Event()
+    begun_at_once = threading.Event()
+    begun_at_once.set()
+    at_once(lambda: ask("long", long, begun_at_once, begun), lambda: ask("short", asked[0].prompt, begun, done))
+    assert seen == ["short", "long"]
+    lengths = [length for _, length, _ in passes]
+    # A part is 128 tokens of both rows; the long prompt's first one may have been done, and the second begun, before.
+    assert lengths.index(len(asked[0].prompt)) <= 3 and lengths[-1] == 900
+
+
+def test_users_take_turns_with_the_parts_of_their_prompts(start, asked, passes):
+    long = short(replace(asked[2], prompt=(asked[2].prompt * 40)[:600], alone=[]), 1)
+    other = replace(long, prompt=long.prompt[:500])
+    answered_together(start(eos_ids=()), [("greedy", long), ("greedy", long), ("other", other)])
+    lengths = [length for _, length, _ in passes]
+    assert lengths.index(500) < lengths.index(600), "the two prompts of one user had more turns than the other user's"
+
+
 def test_caller_that_leaves_while_its_prompt_is_run_has_the_rest_of_it_not_run(start, asked, passes):
     scheduler = start()
     with scheduler.caller("leaves") as caller:
@@ -269,10 +304,6 @@ def test_users_take_turns_and_each_is_served_in_its_own_order():
         assert waiting.first() not in taken
         taken.append(waiting.pop())
     assert taken == ["greedy 0", "late 0", "greedy 2", "late 1", "greedy 3", "greedy 4"]
-
-
-def short(request: Asked, tokens: int = 3) -> Asked:
-    return replace(request, sampling=Sampling(max_new_tokens=tokens))
 
 
 @pytest.fixture
