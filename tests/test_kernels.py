@@ -22,6 +22,7 @@ from t2app.kernels import (
     use_kernels,
 )
 from t2app.kernels.attention import fast_attention
+from t2app.kernels.build import INSTRUCTIONS, compiler_command
 from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL, MANY_ROWS
 from t2app.key_values import GrowingCache
 from t2app.products import edited
@@ -454,7 +455,13 @@ def test_machine_without_a_compiler_keeps_torchs_own_products(tmp_path, monkeypa
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this CPU has no AVX-512")
 def test_kernels_of_a_cpu_without_avx512():
-    here = ["-k", "not without_avx512", "-p", "no:cacheprovider", __file__]
+    here = ["-k", "not without_avx512 and not every_kind", "-p", "no:cacheprovider", __file__]
     # torch's own variable.
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run([sys.executable, "-m", "pytest", "-q", *here], env=environment, check=True)
+
+
+@pytest.mark.parametrize("known", range(1, 1 + len(INSTRUCTIONS)), ids=("AVX2", "AVX-512", "VNNI", "bfloat16"))
+def test_kernels_compile_for_every_kind_of_cpu(known):
+    instructions = [flag for flags in INSTRUCTIONS[:known] for flag in flags]
+    subprocess.run(compiler_command(instructions, "-fsyntax-only", "-Werror"), check=True)

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from torch.utils import cpp_extension
 
 # What a row's length must divide by: bfloat16 in a register of AVX2.
 WIDTH = 16
+# The compiler's flags for what CPUs can do, each with all before it: AVX2, AVX-512, VNNI, bfloat16.
+INSTRUCTIONS = (
+    ("-mavx2", "-mfma"),
+    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    ("-mavx512vnni",),
+    ("-mavx512bf16",),
+)
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "library.cpp"
 
@@ -64,20 +72,19 @@ def kernel_class(name: str) -> type:
 
 def _instructions() -> list[str]:
     """The compiler's flags for what the CPU can do."""
-    flags = ["-mavx2", "-mfma"]
-    if _has_avx512():
-        flags += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    if _has_vnni():
-        flags += ["-mavx512vnni"]
-    if has_bfloat16_arithmetic():
-        flags += ["-mavx512bf16"]
-    return flags
+    known = 1 + _has_avx512() + _has_vnni() + has_bfloat16_arithmetic()
+    return [flag for flags in INSTRUCTIONS[:known] for flag in flags]
+
+
+def compiler_command(instructions: Sequence[str], *others: str) -> list[str]:
+    """What compiles the kernels with these flags of `INSTRUCTIONS`."""
+    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *instructions, "-fopenmp", "-fPIC"]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    return [*command, "-DAT_PARALLEL_OPENMP=1", str(_SOURCE), *others]
 
 
 def _compile(library: Path) -> bool:
-    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *_instructions(), "-fopenmp", "-fPIC", "-shared"]
-    command += [f"-I{path}" for path in cpp_extension.include_paths()]
-    command += ["-DAT_PARALLEL_OPENMP=1", str(_SOURCE), "-o", str(library)]
+    command = compiler_command(_instructions(), "-shared", "-o", str(library))
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
