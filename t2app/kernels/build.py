@@ -42,9 +42,17 @@ def has_bfloat16_arithmetic() -> bool:
     return _has_vnni() and torch.cpu._is_avx512_bf16_supported()
 
 
-@cache
 def load_kernels(folder: Path) -> bool:
-    """Make the kernels available, compiled into `folder`; False where the CPU lacks AVX2 or nothing can be compiled."""
+    """Make the kernels available; False where the CPU lacks AVX2 or nothing can be compiled.
+
+    Args:
+        folder: where the compiled ones are kept, for a process that has not loaded any.
+    """
+    return hasattr(torch.ops.t2app, "one_token_attention") or _loaded_from(folder)
+
+
+@cache
+def _loaded_from(folder: Path) -> bool:
     if not torch.cpu._is_avx2_supported():
         return False
     sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
@@ -59,8 +67,7 @@ def load_kernels(folder: Path) -> bool:
             if not _compile(built):
                 return False
             os.replace(built, library)
-    if not hasattr(torch.ops.t2app, "one_token_attention"):
-        torch.ops.load_library(library)
+    torch.ops.load_library(library)
     return True
 
 
