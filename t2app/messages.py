@@ -25,6 +25,14 @@ def few_shot(name: str) -> str:
     return f"{FEW_SHOT}:{name}"
 
 
+def check_weights(dispatch: str, weights: Mapping[str, float] | None) -> None:
+    """Raises ValueError where weights are given to a dispatch that decides them itself, or are missing."""
+    if dispatch == MANUAL and weights is None:
+        raise ValueError("the manual dispatch needs weights, for instance math=0.7")
+    if dispatch != MANUAL and weights is not None:
+        raise ValueError(f"weights belong to the manual dispatch; the {dispatch} dispatch decides them itself")
+
+
 def mixture_name(dispatch: str) -> str | None:
     """The name of the kept mixture that a dispatch stands for, None where it is another dispatch."""
     way, colon, name = dispatch.partition(":")

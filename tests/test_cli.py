@@ -1,29 +1,67 @@
-"""The command line as a user calls it, in processes of its own, held against the contract of its JSON lines."""
+"""The command line held against the contract of its JSON lines: most of it within this process, which has torch."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
+from t2app.cli import main
 from t2app.experts import load_expert
 from t2app.mixtures import mixture_file
 from t2app.models import load_model
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "t2app", *arguments], capture_output=True, text=True, env=os.environ | environment
-    )
+@dataclass
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    output: str
+    errors: str
 
 
-def json_lines(*arguments: str) -> list[dict]:
-    result = run(*arguments, "--json")
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
+@pytest.fixture
+def run(capfd) -> Callable[..., Ended]:
+    """Runs a command as `python -m t2app` does; its environment variables end with it."""
+
+    def run(*arguments: str) -> Ended:
+        code = 0
+        with patch.dict(os.environ):
+            try:
+                main(arguments)
+            except SystemExit as end:
+                code = end.code
+        output, errors = capfd.readouterr()
+        # A sentence is what Python itself prints at its end, with the exit code 1.
+        return Ended(1, output, f"{errors}{code}\n") if isinstance(code, str) else Ended(code, output, errors)
+
+    return run
+
+
+@pytest.fixture
+def json_lines(run) -> Callable[..., list[dict]]:
+    """Runs a command with `--json`: its lines."""
+
+    def json_lines(*arguments: str) -> list[dict]:
+        ended = run(*arguments, "--json")
+        assert ended.code == 0, ended.errors
+        return [json.loads(line) for line in ended.output.splitlines()]
+
+    return json_lines
+
+
+def process(*arguments: str, **environment: str) -> Ended:
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "t2app", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def test_options_are_read_without_what_it_takes_to_run_a_command():
@@ -34,7 +72,7 @@ def test_options_are_read_without_what_it_takes_to_run_a_command():
 
 
 @pytest.mark.parametrize("precision", ["auto", "4bit"])
-def test_answer_prints_the_events_of_the_contract(precision):
+def test_answer_prints_the_events_of_the_contract(json_lines, precision):
     prompt = "Compute 12 + 7. Reply with only the number."
     arguments = ("--dispatch", "manual", "--weights", "math=1", "--precision", precision)
     first, *tokens, last = json_lines("answer", prompt, *arguments)
@@ -48,24 +86,31 @@ def test_answer_prints_the_events_of_the_contract(precision):
     assert "19" in last["adapted"]
 
 
-def test_answer_without_json_is_for_people():
-    result = run("answer", "Compute 2 + 2.", "--max-new-tokens", "8")
-    assert result.returncode == 0, result.stderr
-    assert "task: " in result.stdout and "base model: " in result.stdout
+def test_answer_without_json_is_for_people(run):
+    ended = run("answer", "Compute 2 + 2.", "--max-new-tokens", "8")
+    assert ended.code == 0, ended.errors
+    assert "task: " in ended.output and "base model: " in ended.output
 
 
-def test_models_lists_the_catalogue_with_what_each_takes_and_its_experts():
+def test_process_prints_json_lines_and_nothing_else():
+    ended = process("answer", "Compute 2 + 2.", "--max-new-tokens", "8", "--json")
+    assert ended.code == 0, ended.errors
+    events = [json.loads(line)["event"] for line in ended.output.splitlines()]
+    assert events[0] == "dispatched" and events[-1] == "finished"
+
+
+def test_models_lists_the_catalogue_with_what_each_takes_and_its_experts(run, json_lines):
     rows = {row["name"]: row for row in json_lines("models")}
     assert list(rows) == list(CATALOGUE)
     default = rows[DEFAULT_MODEL]
     assert default["experts"] == ["code", "math", "reasoning", "classifier"] and all(default["fits"].values())
     assert all(0 < row["memory_bytes"]["4bit"] < row["memory_bytes"]["bf16"] for row in rows.values())
     assert rows["llama-3-8b-instruct"]["gated"] and rows["llama-3-8b-instruct"]["parameters"] == 8_030_261_248
-    result = run("models")
-    assert result.returncode == 0 and all(row["licence"] in result.stdout for row in rows.values())
+    ended = run("models")
+    assert ended.code == 0 and all(row["licence"] in ended.output for row in rows.values())
 
 
-def test_experts_lists_what_ships_with_its_measurements():
+def test_experts_lists_what_ships_with_its_measurements(json_lines):
     rows = json_lines("experts")
     math = next(row for row in rows if row["name"] == "math")
     assert math["label"] == "math" and math["parameters"] > 0
@@ -73,7 +118,7 @@ def test_experts_lists_what_ships_with_its_measurements():
     assert tests["math"]["n"] == tests["base"]["n"] >= 500
 
 
-def test_eval_prints_one_wilson_interval_a_mixture():
+def test_eval_prints_one_wilson_interval_a_mixture(json_lines):
     rows = json_lines("eval", "arithmetic", "--experts", "math", "--limit", "24")
     assert [row["mixture"] for row in rows] == ["base", "math"]
     for row in rows:
@@ -82,12 +127,12 @@ def test_eval_prints_one_wilson_interval_a_mixture():
     assert rows[1]["correct"] > rows[0]["correct"]
 
 
-def test_eval_measures_a_dispatch_beside_the_base():
+def test_eval_measures_a_dispatch_beside_the_base(json_lines):
     rows = json_lines("eval", "arithmetic", "--dispatch", "prompt,manual", "--weights", "math=1", "--limit", "8")
     assert [row["mixture"] for row in rows] == ["base", "prompt", "manual"]
 
 
-def test_eval_of_several_tasks_goes_on_from_its_answers_and_writes_a_table(tmp_path):
+def test_eval_of_several_tasks_goes_on_from_its_answers_and_writes_a_table(json_lines, tmp_path):
     answers, table = tmp_path / "answers.jsonl", tmp_path / "table.csv"
     arguments = (
         "eval",
@@ -115,7 +160,7 @@ def test_eval_of_several_tasks_goes_on_from_its_answers_and_writes_a_table(tmp_p
     assert all(f"| {row['task']} | {row['mixture']} | {row['accuracy']:.1%} |" in written for row in first)
 
 
-def test_paper_preset_adapts_the_mlp_with_plain_rewards_and_its_flags_can_be_changed(tmp_path):
+def test_paper_preset_adapts_the_mlp_with_plain_rewards_and_its_flags_can_be_changed(json_lines, tmp_path):
     arguments = ("train", "arithmetic", "--preset", "paper", "--out", str(tmp_path), "--steps", "1", "--prompts", "2")
     json_lines(*arguments, "--validation-limit", "2", "--test-limit", "2")
     expert = load_expert(tmp_path / "math.safetensors", load_model(layers=lambda path: False).identity)
@@ -124,7 +169,7 @@ def test_paper_preset_adapts_the_mlp_with_plain_rewards_and_its_flags_can_be_cha
     assert (expert.training["prompts"], expert.training["samples"], expert.training["warm_start_steps"]) == (2, 1, 0)
 
 
-def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
+def test_train_writes_an_expert_that_is_resumed_and_listed(json_lines, tmp_path):
     arguments = ("train", "arithmetic", "--out", str(tmp_path), "--prompts", "2", "--samples", "2")
     arguments += ("--warm-start-steps", "0", "--decay-steps", "0")
     arguments += ("--validate-every", "1", "--validation-limit", "4", "--test-limit", "4")
@@ -135,7 +180,7 @@ def test_train_writes_an_expert_that_is_resumed_and_listed(tmp_path):
     assert [row["step"] for row in json_lines(*arguments, "--steps", "2") if "step" in row] == [2]
 
 
-def test_search_keeps_a_mixture_that_answers_and_evaluations_use(tmp_path):
+def test_search_keeps_a_mixture_that_answers_and_evaluations_use(json_lines, tmp_path):
     file = tmp_path / "capitals.jsonl"
     rows = [{"prompt": f"What is {a} + {a}?", "answer": str(2 * a)} for a in range(3)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -164,7 +209,6 @@ def test_search_keeps_a_mixture_that_answers_and_evaluations_use(tmp_path):
         (("answer", "x", "--dispatch", "manual", "--weights", "cooking=1"), "there is no expert 'cooking'"),
         (("answer", "x", "--temperature", "-1"), "temperature is -1.0; 0 (greedy) or more was expected"),
         (("answer", "x", "--max-new-tokens", "0"), "a whole number from 1 was expected"),
-        (("answer", "x", "--model", "no-such/model"), "the model 'no-such/model' cannot be loaded"),
         (("eval", "cooking"), "invalid choice: 'cooking'"),
         (("eval", "arithmetic", "--experts", "cooking"), "there is no expert 'cooking'"),
         (("eval", "arithmetic", "--dispatch", "psychic"), "invalid choice: 'psychic'"),
@@ -178,9 +222,39 @@ def test_search_keeps_a_mixture_that_answers_and_evaluations_use(tmp_path):
         (("ablate", "arithmetic", "--out", "no-such", "--only", "default,cooking"), "invalid choice: 'cooking'"),
     ],
 )
-def test_what_cannot_be_done_ends_with_a_sentence_and_nothing_on_standard_output(arguments, sentence):
-    result = run(*arguments, HF_HUB_OFFLINE="1")
-    assert result.returncode != 0
-    assert sentence in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
+def test_what_cannot_be_done_ends_with_a_sentence_and_nothing_on_standard_output(run, arguments, sentence):
+    check_refused(run(*arguments), sentence)
+
+
+def test_process_that_cannot_do_what_is_asked_ends_so_too():
+    ended = process("answer", "x", "--model", "no-such/model", HF_HUB_OFFLINE="1")
+    check_refused(ended, "the model 'no-such/model' cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("answer", "x", "--weights", "math=1"),
+        ("answer", "x", "--dispatch", "few-shot:cooking"),
+        ("eval", "arithmetic", "--dispatch", "few-shot:cooking"),
+        ("eval", "gsm8k", "--data", "no-such-folder"),
+        ("search", "arithmetic", "--name", "a/b"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_torch_is_imported(arguments):
+    program = f"""
+import sys
+from t2app.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def check_refused(ended: Ended, sentence: str) -> None:
+    assert ended.code != 0
+    assert sentence in ended.errors
+    assert "Traceback" not in ended.errors
+    assert ended.output == ""

@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from t2app.cli.options import Commands, count, dispatch_name, load, model_options, pool_option, weights_option
+from t2app.cli.options import (
+    Commands,
+    check_dispatch,
+    count,
+    dispatch_name,
+    load,
+    model_options,
+    pool_option,
+    weights_option,
+)
 from t2app.cli.output import print_json
 from t2app.messages import (
     DEFAULT_DISPATCH,
@@ -47,6 +56,7 @@ def answer(options: argparse.Namespace) -> None:
     """Print the two answers as they come, or the events as JSON lines."""
     # What needs no model is refused before one is loaded.
     image = None if options.image is None else read_picture(options.image)
+    check_dispatch(options.model, options.dispatch, options.weights)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
 
     from t2app.engine import Engine

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from t2app.cli.options import (
     Commands,
+    check_dispatch,
     count,
     data_option,
     dispatch_name,
@@ -19,7 +20,7 @@ from t2app.cli.options import (
 )
 from t2app.cli.output import accuracy_tables, print_accuracies, write_markdown
 from t2app.messages import MANUAL, NAMING_DISPATCHERS
-from t2app.tasks import Task
+from t2app.tasks import Example, Task
 from t2app.tasks.dispatch import Dispatch, labelled_prompts
 from t2app.tasks.registry import TASKS, task_named
 
@@ -55,19 +56,24 @@ def add_eval(commands: Commands) -> None:
 
 def evaluate_tasks(options: argparse.Namespace) -> None:
     """Measure the base model, the experts named and the dispatches named on the test split of each task."""
-    from t2app.dispatch import make_dispatcher
-    from t2app.evaluation import write_csv
-
-    tasks = [task_named(name) for name in options.task]
-    model = load(options, many_rows=True, experts_of=options.experts_of)
+    # What needs no model is refused before one is loaded, and before what that takes is imported.
     if options.weights is not None and MANUAL not in options.dispatch:
         raise ValueError("weights belong to the manual dispatch, and --dispatch does not name it")
     weights = {MANUAL: options.weights}
+    for name in options.dispatch:
+        check_dispatch(options.model, name, weights.get(name))
+    tasks = [task_named(name) for name in options.task]
+    examples = {task.name: task.examples("test")[: options.limit] for task in tasks}
+
+    from t2app.dispatch import make_dispatcher
+    from t2app.evaluation import write_csv
+
+    model = load(options, many_rows=True, experts_of=options.experts_of)
     dispatchers = [make_dispatcher(name, model, weights.get(name)) for name in options.dispatch]
     measured: list[Accuracy] = []
     for task in tasks:
         measure = _measure_dispatch if isinstance(task, Dispatch) else _measure_mixtures
-        accuracies = measure(options, model, task, dispatchers)
+        accuracies = measure(options, model, task, examples[task.name], dispatchers)
         print_accuracies(accuracies, options.json)
         measured += accuracies
     if options.csv is not None:
@@ -77,13 +83,16 @@ def evaluate_tasks(options: argparse.Namespace) -> None:
 
 
 def _measure_mixtures(
-    options: argparse.Namespace, model: "Model", task: Task, dispatchers: Sequence["Dispatcher"]
+    options: argparse.Namespace,
+    model: "Model",
+    task: Task,
+    examples: Sequence[Example],
+    dispatchers: Sequence["Dispatcher"],
 ) -> list["Accuracy"]:
     """The base model's answers, the experts' and those under what the dispatchers mix."""
     from t2app.evaluation import BASE, AnswerFile, evaluate
     from t2app.experts import mix
 
-    examples = task.examples("test")[: options.limit]
     all_experts = [] if dispatchers else [expert.name for expert in model.experts]
     named = all_experts if options.experts is None else options.experts
     fixed = {BASE: None} | {name: mix(model.pool, {name: 1.0}) for name in named}
@@ -98,13 +107,17 @@ def _measure_mixtures(
 
 
 def _measure_dispatch(
-    options: argparse.Namespace, model: "Model", task: Dispatch, dispatchers: Sequence["Dispatcher"]
+    options: argparse.Namespace,
+    model: "Model",
+    task: Dispatch,
+    examples: Sequence[Example],
+    dispatchers: Sequence["Dispatcher"],
 ) -> list["Accuracy"]:
     """The first pass itself: what the dispatchers name, by default all that do, and the answers of experts named."""
     from t2app.dispatch import make_dispatcher
     from t2app.evaluation import evaluate_dispatch
 
-    measured = [] if options.experts is None else _measure_mixtures(options, model, task, [])
+    measured = [] if options.experts is None else _measure_mixtures(options, model, task, examples, [])
     if options.experts is None and not dispatchers:
         dispatchers = [make_dispatcher(name, model) for name in NAMING_DISPATCHERS]
     prompts = labelled_prompts("test")[: options.limit]

@@ -1,14 +1,15 @@
 """Options that several commands share, what their values may be, and the model that they name."""
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
-from t2app.messages import DISPATCHERS, few_shot, mixture_name
+from t2app.messages import DISPATCHERS, check_weights, few_shot, mixture_name
+from t2app.mixtures import mixture_file, read_mixture
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
 
 if TYPE_CHECKING:
@@ -56,6 +57,18 @@ def weights_option() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--weights", type=_weights, help="with manual dispatch: NAME=NUMBER,… for each expert")
     return options
+
+
+def check_dispatch(model_name: str, dispatch: str, weights: Mapping[str, float] | None) -> None:
+    """Refuse what can be refused before a model is loaded, which takes seconds.
+
+    Raises:
+        ValueError: weights are given to a dispatch that decides them itself, or are missing.
+        MixtureError: there is no mixture of that name.
+    """
+    check_weights(dispatch, weights)
+    if kept := mixture_name(dispatch):
+        read_mixture(mixture_file(model_name, kept))
 
 
 def load(options: argparse.Namespace, **arguments) -> "Model":

@@ -41,13 +41,14 @@ def add_search(commands: Commands) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Search a mixture on a few solved examples and keep the best; interrupted, it keeps the best so far as it is."""
-    from t2app.search import MixtureSearch, pick_shots
-
     file = mixture_file(options.model, options.name)
     task = task_named(options.task) if options.task in TASKS else shots_of_file(Path(options.task))
     settings = SearchSettings(
         options.population, options.elite_fraction, options.rounds, options.per_layer, options.score, options.seed
     )
+
+    from t2app.search import MixtureSearch, pick_shots
+
     shots = pick_shots(task, options.shots, options.seed)
     model = load(options, many_rows=True, experts_of=options.experts_of)
     running = MixtureSearch(model, task, shots, settings)

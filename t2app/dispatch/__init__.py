@@ -8,7 +8,7 @@ from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.dispatch.few_shot import FewShotDispatch
 from t2app.dispatch.manual import ManualDispatch
 from t2app.dispatch.prompt import PromptDispatch
-from t2app.messages import DISPATCHERS, MANUAL, PROMPT_SOFT, few_shot, mixture_name
+from t2app.messages import DISPATCHERS, MANUAL, PROMPT_SOFT, check_weights, few_shot, mixture_name
 from t2app.mixtures import mixture_file, read_mixture
 from t2app.models import Model
 
@@ -31,16 +31,13 @@ def make_dispatcher(name: str, model: Model, weights: Mapping[str, float] | None
         ExpertError: a weight is given for an expert that the model does not have.
         MixtureError: there is no mixture of that name, or it does not fit the model.
     """
+    check_weights(name, weights)
     if kept := mixture_name(name):
         return FewShotDispatch(model, read_mixture(mixture_file(model.name, kept)))
     if name not in DISPATCHERS:
         raise ValueError(f"there is no dispatch '{name}'; choose one of {', '.join(DISPATCHERS)}, {few_shot('NAME')}")
     if name == MANUAL:
-        if weights is None:
-            raise ValueError("the manual dispatch needs weights, for instance math=0.7")
         return ManualDispatch(model, weights)
-    if weights is not None:
-        raise ValueError(f"weights belong to the manual dispatch; the {name} dispatch decides them itself")
     if name == CLASSIFIER:
         return ClassifierDispatch(model)
     return PromptDispatch(model, soft=name == PROMPT_SOFT)
