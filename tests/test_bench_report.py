@@ -14,10 +14,11 @@ from t2app.bench.report import report, without_folders
 from t2app.cli import main
 
 
-def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
-    file = tmp_path / "new" / "BENCH.md"
+def test_file_holds_the_figures_of_the_run_and_no_others(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
+    file, model = tmp_path / "new" / "BENCH.md", ("--model", str(tiny_folder))
     for precision in ("fp32", "bf16"):
-        main(["bench", "first-token", "--precision", precision, "--json", "--out", str(file)])
+        main(["bench", "first-token", *model, "--precision", precision, "--json", "--out", str(file)])
         printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         written = [[cell.strip() for cell in line.split("|")[1:-1]] for line in file.read_text().splitlines()]
         rows = [row for row in written if len(row) == 7][2:]
@@ -28,8 +29,9 @@ def test_file_holds_the_figures_of_the_run_and_no_others(tmp_path, capsys):
         ]
         assert {row["bench"] for row in printed} == {"first-token"}
     text = file.read_text()
-    assert f"python -m t2app bench first-token --precision bf16 --json --out {file.name}" in text
-    assert str(tmp_path) not in text
+    command = f"bench first-token --model {tiny_folder.name} --precision bf16 --json --out {file.name}"
+    assert f"python -m t2app {command}" in text
+    assert str(tmp_path) not in text and str(tiny_folder.parent) not in text
 
 
 def test_machine_is_told_but_not_whose_it_is():
