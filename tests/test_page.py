@@ -13,7 +13,6 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from t2app.bench.served_app import served_app
 from t2app.catalogue import DEFAULT_MODEL, expert_files
-from t2app.messages import EXACT
 from t2app.mixtures import mixture_file, read_mixture
 
 SUM = "Compute 12 + 7. Reply with only the number."
@@ -201,11 +200,15 @@ def test_first_pass_shows_why_and_where_the_model_is_changed(page):
     assert len(heat["y"]) == 7 and heat["x"] == list(range(30))
 
 
+def type_example(page: Page, prompt: str, answer: str) -> None:
+    """Fill the first row of the table of examples as a person does."""
+    for column, value in enumerate((prompt, answer)):
+        page.get_by_test_id(f"cell-0-{column}").dblclick()
+        page.keyboard.type(value)
+        page.keyboard.press("Enter")
+
+
 def search_by_name(page: Page, name: str) -> None:
-    """Start a search on the first task's examples."""
-    page.get_by_role("tab", name="Search a mixture").click()
-    page.locator("#fill").click()
-    expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
     page.locator("#name textarea, #name input").first.fill(name)
     page.locator("#search").click()
 
@@ -215,36 +218,24 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
     kept = mixture_file(DEFAULT_MODEL, name)
     try:
         page.get_by_role("tab", name="Search a mixture").click()
-        page.get_by_label("Likelihood of the expected answers").check()
+        type_example(page, "What is 2 + 3?", "5")
         search_by_name(page, name)
-        status = page.locator("#search-status")
-        expect(status).to_contain_text("Round 1", timeout=PATIENCE_MS)
+        expect(page.locator("#search-status")).to_contain_text("Round 1", timeout=PATIENCE_MS)
         page.locator("#search-stop").click()
+        status = page.locator("#search-status")
+        expect(status).to_contain_text("Trying the best again", timeout=PATIENCE_MS)
         expect(status).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
-        assert len(read_mixture(kept).trace) < 8, "it went on to the last round"
+        found = read_mixture(kept)
+        assert len(found.trace) < 8, "it went on to its last round"
+        again = found.reevaluated
+        expect(status).to_contain_text(f"{again.right} of {again.answers} answers right")
         *alphas, score = drawn(page, "trace")
         assert [line["name"] for line in alphas] == [file.stem for file in expert_files(DEFAULT_MODEL)]
         assert len(score["x"]) >= 1
         page.get_by_role("tab", name="Answer").click()
         ask(page, SUM)
-        expect(page.locator("#status")).to_contain_text(f"The mixture “{name}”, found on 10 examples")
+        expect(page.locator("#status")).to_contain_text(f"The mixture “{name}”, found on 1 example")
         wait_until_finished(page)
-    finally:
-        kept.unlink(missing_ok=True)
-
-
-def test_search_by_answers_tells_that_the_best_are_tried_again_and_how_that_ended(url):
-    name = "made-by-a-page-test"
-    kept = mixture_file(DEFAULT_MODEL, name)
-    shots = {"headers": ["prompt", "answer"], "data": [["What is 2 + 3?", "5"], ["What is 4 + 4?", "8"]]}
-    try:
-        job = Client(url, verbose=False).submit(shots, name, 1, 0, EXACT, False, api_name="/search")
-        job.result(timeout=PATIENCE_MS / 1000)
-        told = [next(text for text in output if isinstance(text, str) and " " in text) for output in job.outputs()]
-        again = read_mixture(kept).reevaluated
-        assert "Round 1" in told[-3] and "Trying the best again" in told[-3]
-        assert f"{again.right} of {again.answers} answers right" in told[-2]
-        assert f"Kept as **{name}**" in told[-1]
     finally:
         kept.unlink(missing_ok=True)
 
@@ -255,6 +246,9 @@ def test_search_does_not_take_the_place_of_a_mixture_that_somebody_else_kept(pag
     kept.parent.mkdir(exist_ok=True)
     try:
         kept.write_text("somebody else's")
+        page.get_by_role("tab", name="Search a mixture").click()
+        page.locator("#fill").click()
+        expect(page.locator("#search-status")).to_contain_text("10 examples of chain-sum")
         search_by_name(page, name)
         expect(page.locator("#search-status")).to_contain_text(f"There is a mixture '{name}' already")
         expect(page.locator("#search")).to_be_enabled()

@@ -36,5 +36,6 @@ class FewShotDispatch(Dispatcher):
         yield from ()  # there is nothing to compute
         found = self._mixture
         of_task = "" if found.task == found.name else f" of {found.task}"
-        note = f"The mixture “{found.name}”, found on {found.shots} examples{of_task}."
+        shots = "1 example" if found.shots == 1 else f"{found.shots} examples"
+        note = f"The mixture “{found.name}”, found on {shots}{of_task}."
         return Decision(label=None, weights=self._weights, note=note, trace=found.trace)
