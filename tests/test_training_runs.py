@@ -38,19 +38,28 @@ ONE_PROCESS = ("-m", "t2app")
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "t2app")
 
 
-@pytest.fixture
-def start(tiny_folder, tmp_path):
+@pytest.fixture(scope="module")
+def start(tiny_folder, tmp_path_factory):
     """Starts a training of the small Llama that writes into a folder, in another process."""
+    cache = tmp_path_factory.mktemp("cache")
 
     def start(out: Path, *more: str, launcher: tuple[str, ...] = ONE_PROCESS) -> subprocess.Popen:
         settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
         training = ("train", "arithmetic", "--model", str(tiny_folder), "--out", str(out), *settings, *more)
-        environment = os.environ | {"T2_CACHE_DIR": str(tmp_path / "cache")}
+        environment = os.environ | {"T2_CACHE_DIR": str(cache)}
         return subprocess.Popen(
             [sys.executable, *launcher, *training], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     return start
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+    """The folder of a training that nothing came in the way of."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    end(start(out))
+    return out
 
 
 def end(process: subprocess.Popen) -> str:
@@ -71,9 +80,8 @@ def without_seconds(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def test_training_killed_at_several_steps_resumes_to_the_numbers_of_one_that_was_not(start, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    end(start(whole))
+def test_training_killed_at_several_steps_resumes_to_the_numbers_of_one_that_was_not(start, whole, tmp_path):
+    killed = tmp_path / "killed"
     for steps in (1, 3, 5):
         process = start(killed)
         while len(logged(killed)) < 1 + steps and process.poll() is None:
@@ -92,15 +100,14 @@ def test_training_killed_at_several_steps_resumes_to_the_numbers_of_one_that_was
     assert all(torch.equal(first[path], second[path]) and second[path].any() for path in second)
 
 
-def test_two_processes_make_the_update_of_one_with_the_whole_batch(start, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    end(start(one))
+def test_two_processes_make_the_update_of_one_with_the_whole_batch(start, whole, tmp_path):
+    two = tmp_path / "two"
     end(start(two, launcher=TWO_PROCESSES))
     assert [row["step"] for row in logged(two)] == list(range(LAST_STEP + 1))
-    for alone, shared in zip(without_seconds(logged(one)), without_seconds(logged(two)), strict=True):
+    for alone, shared in zip(without_seconds(logged(whole)), without_seconds(logged(two)), strict=True):
         for name, value in alone.items():
             assert shared[name] == (value if value is None else pytest.approx(value, rel=1e-3)), name
-    alone, shared = parameters(one), parameters(two)
+    alone, shared = parameters(whole), parameters(two)
     assert all(alone[path].abs().max() > 0.01 for path in alone)
     assert all(torch.allclose(shared[path], alone[path], atol=1e-3) for path in alone)
 
@@ -126,17 +133,15 @@ def test_run_can_be_looked_at_in_tensorboard_with_every_step_once(start, tmp_pat
     assert [event.step for event in board.Scalars("training/validation")] == [0, 2, 3, 4, 6]
 
 
-def test_finished_training_writes_curve_command_and_test_into_the_expert(start, tmp_path, tiny):
-    out = tmp_path / "out"
-    end(start(out))
-    expert = load_expert(out / "math.safetensors", tiny.identity)
+def test_finished_training_writes_curve_command_and_test_into_the_expert(whole, tiny):
+    expert = load_expert(whole / "math.safetensors", tiny.identity)
     assert [step for step, _ in expert.curve] == [0, 2, 3, 4, 6]
     assert expert.training["command"].startswith("python -m t2app train arithmetic --model ")
     assert {(row.split, row.mixture, row.n) for row in expert.accuracies} == {
         (split, mixture, 4) for split in ("validation", "test") for mixture in ("base", "math")
     }
-    assert (out / "curve.html").stat().st_size > 1000
-    card = (out / "math.md").read_text()
+    assert (whole / "curve.html").stat().st_size > 1000
+    card = (whole / "math.md").read_text()
     assert "| step | validation |" in card and expert.training["command"] in card
 
 
