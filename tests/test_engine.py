@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,6 +43,10 @@ def test_events_come_in_order_and_add_up(engine):
         assert "".join(piece.text for piece in pieces) == getattr(last, stream)
         assert [piece.tokens for piece in pieces] == sorted(piece.tokens for piece in pieces)
     assert last.tokens_per_second == pytest.approx(last.tokens / last.seconds)
+    assert any(token.paired for token in tokens)
+    for token, next_one in pairwise(tokens):
+        together = token.stream != next_one.stream and token.seconds == next_one.seconds
+        assert token.paired == together, "a page would show one of the two a step later"
 
 
 def test_with_all_weights_at_zero_both_answers_are_the_base_models(engine):
