@@ -110,7 +110,6 @@ class _Request:
     picture: PictureInputs | None
     steps: "queue.SimpleQueue[dict[int, int] | Exception | None]" = field(default_factory=queue.SimpleQueue)
     parts: Parts[dict[int, int]] | None = None
-    admitted: bool = False
     cancelled: bool = False
 
     @property
@@ -166,7 +165,7 @@ class Caller:
     ) -> Iterator[dict[int, int] | Waiting]:
         """Answer a prompt with a row for each mixture, in the batch of all callers.
 
-        Yields no token at first, when the rows are let in; then the tokens of every step by row, as `decoding.decode`
+        Yields no token at first, when the prompt is begun; then the tokens of every step by row, as `decoding.decode`
         does; and in between that others are served, while they are.
 
         Raises:
@@ -180,7 +179,7 @@ class Caller:
             try:
                 step = request.steps.get(timeout=_PATIENCE_SECONDS)
             except queue.Empty:
-                served = request.admitted and self._scheduler.serving in (None, self)
+                served = request.parts is not None and self._scheduler.serving in (None, self)
                 if not served and self._scheduler.has_others:
                     yield Waiting(time.perf_counter() - started)
                 continue
@@ -315,7 +314,8 @@ class Scheduler:
             with self._changed:
                 work = self._work.pop() if self._work else None
                 if self._waiting and self._fits(self._waiting.first()):
-                    self._admit(self._waiting.pop())
+                    request = self._waiting.pop()
+                    self._entering.push(request.user, request)
             if work is not None:
                 self._do(*work)
             if self._entering:
@@ -343,12 +343,6 @@ class Scheduler:
         rows = len(self._running) + sum(len(other.mixtures) for other in (request, *self._entering))
         return max(other.tokens for other in together) <= self.most_tokens(rows)
 
-    def _admit(self, request: _Request) -> None:
-        request.admitted = True
-        request.parts = self._entered(request)
-        request.steps.put({})
-        self._entering.push(request.user, request)
-
     def _do(self, caller: Caller, future: Future, work: Callable) -> None:
         if not future.set_running_or_notify_cancel():
             return
@@ -362,6 +356,9 @@ class Scheduler:
 
     def _let_in(self, request: _Request) -> None:
         """Run a part of a request's prompt; with the last one its rows join the batch."""
+        if request.parts is None:
+            request.parts = self._entered(request)
+            request.steps.put({})
         done, failure = _attempt(partial(next_part, request.parts))
         if failure is not None:
             request.steps.put(failure)
