@@ -4,7 +4,6 @@ import pytest
 
 from t2app.bench.first_token import _PROMPTS, _prompts, bench_first_token
 from t2app.bench.start import _start
-from t2app.catalogue import DEFAULT_MODEL
 
 
 def test_cold_start_makes_everything_anew_and_ends_with_an_answer(tiny_folder, tmp_path):
@@ -25,8 +24,9 @@ def test_prompts_are_different_ones_of_64_tokens(real):
     assert {len(real.tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts} == {64}
 
 
-def test_first_token_is_waited_for_as_long_as_for_its_two_parts():
-    whole, first_pass, prefill = bench_first_token(DEFAULT_MODEL, "bf16")
+def test_first_token_is_waited_for_as_long_as_for_its_two_parts(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
+    whole, first_pass, prefill = bench_first_token(str(tiny_folder), "fp32")
     assert [figure.figure for figure in (whole, first_pass, prefill)] == [
         "seconds",
         "first_pass_seconds",

@@ -253,7 +253,7 @@ def test_long_prompt_is_run_in_parts_between_the_steps_of_others(start, real, as
 
 
 def test_short_prompt_beside_a_long_one_waits_for_a_part_of_it_only(start, real, asked, passes):
-    long = (asked[2].prompt * 60)[:900]
+    long = (asked[2].prompt * 40)[:600]
     scheduler, seen = start(eos_ids=()), []
 
     def ask(user: str, prompt: list[int], after: threading.Event, entered: threading.Event) -> None:
@@ -272,15 +272,15 @@ def test_short_prompt_beside_a_long_one_waits_for_a_part_of_it_only(start, real,
     assert seen == ["short", "long"]
     lengths = [length for _, length, _ in passes]
     # A part is 128 tokens of both rows; the long prompt's first one may have been done, and the second begun, before.
-    assert lengths.index(len(asked[0].prompt)) <= 3 and lengths[-1] == 900
+    assert lengths.index(len(asked[0].prompt)) <= 3 and lengths[-1] == 600
 
 
 def test_users_take_turns_with_the_parts_of_their_prompts(start, asked, passes):
-    long = short(replace(asked[2], prompt=(asked[2].prompt * 40)[:600], alone=[]), 1)
-    other = replace(long, prompt=long.prompt[:500])
+    long = short(replace(asked[2], prompt=(asked[2].prompt * 30)[:400], alone=[]), 1)
+    other = replace(long, prompt=long.prompt[:300])
     answered_together(start(eos_ids=()), [("greedy", long), ("greedy", long), ("other", other)])
     lengths = [length for _, length, _ in passes]
-    assert lengths.index(500) < lengths.index(600), "the two prompts of one user had more turns than the other user's"
+    assert lengths.index(300) < lengths.index(400), "the two prompts of one user had more turns than the other user's"
 
 
 def test_caller_that_leaves_while_its_prompt_is_run_has_the_rest_of_it_not_run(start, asked, passes):

@@ -80,18 +80,24 @@ def without_seconds(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def test_training_killed_at_several_steps_resumes_to_the_numbers_of_one_that_was_not(start, whole, tmp_path):
-    killed = tmp_path / "killed"
+@pytest.fixture(scope="module")
+def killed(start, tmp_path_factory) -> Path:
+    """The folder of a training that was killed at several steps and went on."""
+    out = tmp_path_factory.mktemp("runs") / "killed"
     for steps in (1, 3, 5):
-        process = start(killed)
-        while len(logged(killed)) < 1 + steps and process.poll() is None:
+        process = start(out)
+        while len(logged(out)) < 1 + steps and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         # As if the kill had come in the middle of a line.
-        with open(killed / "log.jsonl", "a") as log:
+        with open(out / "log.jsonl", "a") as log:
             log.write('{"step": 9')
-    end(start(killed))
+    end(start(out))
+    return out
+
+
+def test_training_killed_at_several_steps_resumes_to_the_numbers_of_one_that_was_not(killed, whole):
     assert without_seconds(logged(killed)) == without_seconds(logged(whole))
     assert [row["step"] for row in logged(killed)] == list(range(LAST_STEP + 1))
     first, second = load_file(killed / "math.safetensors"), load_file(whole / "math.safetensors")
@@ -119,15 +125,8 @@ def test_more_processes_than_prompts_are_refused(start, tmp_path):
     assert "2 processes cannot share batches of 1 prompts" in errors.decode()
 
 
-def test_run_can_be_looked_at_in_tensorboard_with_every_step_once(start, tmp_path):
-    out = tmp_path / "out"
-    process = start(out)
-    while len(logged(out)) < 4:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    end(start(out))
-    board = EventAccumulator(str(out / "tensorboard")).Reload()
+def test_run_can_be_looked_at_in_tensorboard_with_every_step_once(killed):
+    board = EventAccumulator(str(killed / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("training/gradient_norm")] == list(range(LAST_STEP + 1))
     assert [event.step for event in board.Scalars("training/imitation_loss")] == [1, 2, 3]
     assert [event.step for event in board.Scalars("training/validation")] == [0, 2, 3, 4, 6]

@@ -56,7 +56,7 @@ def _loaded_from(folder: Path) -> bool:
     if not torch.cpu._is_avx2_supported():
         return False
     sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
-    built_for = " ".join([torch.__version__, *_instructions()])
+    built_for = " ".join([torch.__version__, *compiled_for()])
     key = hashlib.sha256(sources + built_for.encode()).hexdigest()[:16]
     library = folder / f"kernels-{key}.so"
     if not library.exists():
@@ -77,7 +77,7 @@ def kernel_class(name: str) -> type:
     return getattr(torch.classes.t2app, name)
 
 
-def _instructions() -> list[str]:
+def compiled_for() -> list[str]:
     """The compiler's flags for what the CPU can do."""
     known = 1 + _has_avx512() + _has_vnni() + has_bfloat16_arithmetic()
     return [flag for flags in INSTRUCTIONS[:known] for flag in flags]
@@ -91,7 +91,7 @@ def compiler_command(instructions: Sequence[str], *others: str) -> list[str]:
 
 
 def _compile(library: Path) -> bool:
-    command = compiler_command(_instructions(), "-shared", "-o", str(library))
+    command = compiler_command(compiled_for(), "-shared", "-o", str(library))
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
