@@ -309,6 +309,7 @@ class Scheduler:
 
     def _run(self) -> None:
         """The thread: in turns a piece of work, a part of a prompt, and a step of all that run."""
+        served = None
         while self._wait_for_something():
             self._drop_cancelled()
             with self._changed:
@@ -318,8 +319,12 @@ class Scheduler:
                     self._entering.push(request.user, request)
             if work is not None:
                 self._do(*work)
+            # Whoever came meanwhile is before the one whose turn it was.
+            if self._entering and self._entering.first() is served:
+                self._entering.push(served.user, self._entering.pop())
             if self._entering:
-                self._let_in(self._entering.pop())
+                served = self._entering.first()
+                self._let_in(served)
             if self._running:
                 self._step()
 
@@ -355,17 +360,17 @@ class Scheduler:
             future.set_exception(failure)
 
     def _let_in(self, request: _Request) -> None:
-        """Run a part of a request's prompt; with the last one its rows join the batch."""
+        """Run a part of the prompt whose turn it is, this request's; with the last one its rows join the batch."""
         if request.parts is None:
             request.parts = self._entered(request)
             request.steps.put({})
         done, failure = _attempt(partial(next_part, request.parts))
+        ended, tokens = (True, {}) if failure is not None else done
+        if not ended:
+            return
+        self._entering.pop()
         if failure is not None:
             request.steps.put(failure)
-            return
-        ended, tokens = done
-        if not ended:
-            self._entering.push(request.user, request)
             return
         self._running |= {number: (request, row) for row, number in enumerate(tokens)}
         self._deliver(tokens)

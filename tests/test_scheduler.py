@@ -271,8 +271,8 @@ def test_short_prompt_beside_a_long_one_waits_for_a_part_of_it_only(start, real,
     at_once(lambda: ask("long", long, begun_at_once, begun), lambda: ask("short", asked[0].prompt, begun, done))
     assert seen == ["short", "long"]
     lengths = [length for _, length, _ in passes]
-    # A part is 128 tokens of both rows; the long prompt's first one may have been done, and the second begun, before.
-    assert lengths.index(len(asked[0].prompt)) <= 3 and lengths[-1] == 600
+    # A part is 128 tokens of both rows; the long prompt's first one was being run, and a slow thread asks a part later.
+    assert lengths.index(len(asked[0].prompt)) <= 2 and lengths[-1] == 600
 
 
 def test_users_take_turns_with_the_parts_of_their_prompts(start, asked, passes):
