@@ -59,6 +59,11 @@ def test_others_are_not_said_to_be_served_once_a_token_came(clock, seconds):
     assert status == [before["status"]]
 
 
+def test_token_leaves_the_status_alone_where_nobody_waited(clock):
+    view, _ = dispatched()
+    assert "status" not in shown(view.event(Token("base", "A", 1, 0.1))), "it would take the place of “Stopped.”"
+
+
 def test_what_fails_shows_the_tokens_before_it(clock):
     view, _ = dispatched()
     view.event(Token("base", "A", 1, 0.1))

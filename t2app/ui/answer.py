@@ -245,6 +245,7 @@ class _AnswerView:
         self._experts = experts
         self._texts = {"adapted": "", "base": ""}
         self._status = ""
+        self._waiting = False
         # What the next update shows too, and when tokens were last shown at once.
         self._kept: dict[str, str] = {}
         self._shown = -math.inf
@@ -263,13 +264,15 @@ class _AnswerView:
         if isinstance(event, Finished):
             return self._update(running=False, adapted=event.adapted, base=event.base)
         if isinstance(event, Waiting):
+            self._waiting = True
             return self._update(status=f"{self._status} · others are served, for {event.seconds:.0f} s now")
         self._texts[event.stream] += event.text
         tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
         statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
         self._kept |= {event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics}
-        # Others may have been served until now.
-        self._kept["status"] = self._status
+        # Never else: an update on its way when somebody stops the answer would take the place of "Stopped."
+        if self._waiting:
+            self._kept["status"], self._waiting = self._status, False
         now = time.monotonic()
         if event.paired or now - self._shown < _UPDATE_SECONDS:
             return None
@@ -277,7 +280,7 @@ class _AnswerView:
         return self._update()
 
     def _dispatched(self, event: Dispatched) -> list:
-        self._status = _describe(event)
+        self._status, self._waiting = _describe(event), False
         # Only here do the answers before give way: a prompt that is refused leaves them.
         cleared = dict.fromkeys(("adapted", "base", "adapted_statistics", "base_statistics"), "")
         return self._update(
