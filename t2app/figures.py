@@ -100,9 +100,6 @@ def search_trace(rounds: Sequence[Searched]) -> go.Figure:
     figure.update_yaxes(title="α", range=[-0.05, 1.05], row=1, col=1)
     figure.update_yaxes(title="right" if exact else "nats a token", row=2, col=1)
     figure.update_xaxes(title="round", row=2, col=1)
-    if not rounds:
-        figure.update_xaxes(visible=False)
-        figure.update_yaxes(visible=False)
     figure = _laid_out(
         figure,
         height=440,

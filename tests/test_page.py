@@ -234,7 +234,7 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
         assert len(score["x"]) >= 1
         page.get_by_role("tab", name="Answer").click()
         ask(page, SUM)
-        expect(page.locator("#status")).to_contain_text(f"The mixture “{name}”, found on 1 example")
+        expect(page.locator("#status")).to_contain_text(f"The mixture “{name}”, found on 1 example.")
         wait_until_finished(page)
     finally:
         kept.unlink(missing_ok=True)

@@ -31,11 +31,12 @@ def make_dispatcher(name: str, model: Model, weights: Mapping[str, float] | None
         ExpertError: a weight is given for an expert that the model does not have.
         MixtureError: there is no mixture of that name, or it does not fit the model.
     """
-    check_weights(name, weights)
-    if kept := mixture_name(name):
-        return FewShotDispatch(model, read_mixture(mixture_file(model.name, kept)))
-    if name not in DISPATCHERS:
+    kept = mixture_name(name)
+    if not kept and name not in DISPATCHERS:
         raise ValueError(f"there is no dispatch '{name}'; choose one of {', '.join(DISPATCHERS)}, {few_shot('NAME')}")
+    check_weights(name, weights)
+    if kept:
+        return FewShotDispatch(model, read_mixture(mixture_file(model.name, kept)))
     if name == MANUAL:
         return ManualDispatch(model, weights)
     if name == CLASSIFIER:
