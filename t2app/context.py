@@ -36,6 +36,14 @@ class Context:
     cache: GrowingCache
     mask: Tensor | None
 
+    def copy(self) -> "Context":
+        """The same for somebody else, who may go on from it in another way."""
+        cache = _copied(self.cache)
+        for layer in cache.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.leave_room()
+        return Context(cache, self.mask)
+
     def repeat(self, samples: int) -> None:
         """Every row `samples` times, one beside the other."""
         if samples > 1:

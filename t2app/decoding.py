@@ -8,7 +8,7 @@ that can be shown.
 
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -32,6 +32,28 @@ _LEAST_SAVING = 64
 # its longest row to its shortest bounds the work that is lost to padding.
 _PART_TOKENS = 4096
 _PART_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """Prompts that were run, a row each: what follows them can be decoded, or be given and scored.
+
+    Attributes:
+        mixtures: z − 1 of every row, None for the base model.
+        positions: of each row's next token.
+        logits: of that token, (rows, 1, vocabulary).
+        context: what the rows have seen, which changes as they go on.
+    """
+
+    adapted: SpectralModel
+    mixtures: Sequence[Deltas | None]
+    positions: Sequence[int]
+    logits: Tensor
+    context: Context
+
+    def copy(self) -> "Prefilled":
+        """The same once more, to go on in another way."""
+        return replace(self, context=self.context.copy())
 
 
 @dataclass(eq=False)
@@ -102,15 +124,31 @@ class Batch:
         The arguments and what is raised are those of `decode`; where anything is raised, the batch is as it was.
         """
         _check(prompts, mixtures, seeds, prefix, picture)
-        device = device_of(self._adapted)
-        starts = [sampling.seed] * len(prompts) if seeds is None else seeds
         order = _base_first(mixtures)
         prompts, mixtures = [prompts[p] for p in order], [mixtures[p] for p in order]
         if picture is None:
-            logits, context = _prefill(self._adapted, prompts, mixtures, prefix)
-            seen_before = 0 if prefix is None else prefix.length
+            prefilled = prefill(self._adapted, prompts, mixtures, prefix)
         else:
-            logits, context, seen_before = _prefill_picture(self._adapted, prompts[0], mixtures, picture)
+            prefilled = _prefill_picture(self._adapted, prompts[0], mixtures, picture)
+        return self._admit(prefilled, order, sampling, samples, seeds)
+
+    @torch.inference_mode()
+    def admit_prefilled(self, prefilled: Prefilled, sampling: Sampling) -> dict[int, int]:
+        """`admit` for prompts that have been run, an answer to each."""
+        return self._admit(prefilled, range(len(prefilled.mixtures)), sampling)
+
+    def _admit(
+        self,
+        prefilled: Prefilled,
+        numbers: Sequence[int],
+        sampling: Sampling,
+        samples: int = 1,
+        seeds: Sequence[int] | None = None,
+    ) -> dict[int, int]:
+        """`admit` for prompts that have been run, of which the caller knows row i as prompt numbers[i]."""
+        device = device_of(self._adapted)
+        starts = [sampling.seed] * len(numbers) if seeds is None else seeds
+        context = prefilled.context
         context.repeat(samples)
         rows = [
             _Row(
@@ -119,12 +157,12 @@ class Batch:
                 sampling,
                 None if sampling.temperature == 0 else torch.Generator(device).manual_seed(starts[p] + sample),
                 sampling.max_new_tokens,
-                seen_before + len(prompt),
+                position,
             )
-            for p, prompt, mixture in zip(order, prompts, mixtures, strict=True)
+            for p, mixture, position in zip(numbers, prefilled.mixtures, prefilled.positions, strict=True)
             for sample in range(samples)
         ]
-        tokens, kept = self._choose(logits[:, -1].repeat_interleave(samples, 0), rows)
+        tokens, kept = self._choose(prefilled.logits[:, -1].repeat_interleave(samples, 0), rows)
         if kept:
             if len(kept) < len(rows):
                 context.select(kept)
@@ -147,6 +185,11 @@ class Batch:
         tokens, kept = self._choose(logits, self._rows)
         self._keep(kept)
         return tokens
+
+    def rest(self) -> Iterator[dict[int, int]]:
+        """Step after step, until no row is left."""
+        while self:
+            yield self.step()
 
     @torch.inference_mode()
     def drop(self, numbers: Container[int]) -> None:
@@ -181,6 +224,39 @@ class Batch:
         self._plan = self._adapted.plan([row.mixture for row in self._rows])
 
 
+def prefill(
+    adapted: SpectralModel,
+    prompts: Sequence[Sequence[int]],
+    mixtures: Sequence[Deltas | None],
+    prefix: Prefix | None = None,
+) -> Prefilled:
+    """Run prompts, each under its own mixture; with gradient to `mixtures`.
+
+    Args:
+        prompts: token ids; rows of different lengths are padded on the left.
+        mixtures: z − 1 of every prompt, None for the base model.
+        prefix: what the prompts go on from; None finds what they begin with alike.
+    """
+    before = 0 if prefix is None else prefix.length
+    positions = [before + len(prompt) for prompt in prompts]
+    if prefix is None:
+        # Each prompt keeps a token of its own, for the logits.
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+        rows_saved = len(mixtures) - len(distinct(mixtures))
+        if alike * rows_saved >= _LEAST_SAVING:
+            prefix = compute_prefix(adapted, prompts[0][:alike], mixtures)
+            prompts = [prompt[alike:] for prompt in prompts]
+    cache = GrowingCache(adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
+    ids, mask = pad_left(prompts, device_of(adapted))
+    if mask is not None and prefix is not None:
+        mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
+    context = Context(cache, mask)
+    with adapted.rows(mixtures):
+        logits = forward(adapted, ids, context)
+    return Prefilled(adapted, mixtures, positions, logits, context)
+
+
 def decode(
     adapted: SpectralModel,
     prompts: Sequence[Sequence[int]],
@@ -212,8 +288,14 @@ def decode(
     """
     batch = Batch(adapted, eos_ids)
     yield batch.admit(prompts, mixtures, sampling, samples, seeds, prefix, picture)
-    while batch:
-        yield batch.step()
+    yield from batch.rest()
+
+
+def decode_prefilled(prefilled: Prefilled, sampling: Sampling, eos_ids: Sequence[int]) -> Iterator[dict[int, int]]:
+    """`decode` for prompts that have been run, an answer to each."""
+    batch = Batch(prefilled.adapted, eos_ids)
+    yield batch.admit_prefilled(prefilled, sampling)
+    yield from batch.rest()
 
 
 def collected(steps: Iterator[dict[int, int]]) -> list[list[int]]:
@@ -244,20 +326,26 @@ def answer_log_probabilities(
     Returns:
         log-probabilities and mask, both (prompts · samples, longest answer); the mask is 1 where there is a token.
     """
-    samples = len(groups[0])
+    return log_probabilities_after(prefill(adapted, prompts, mixtures, prefix), groups, temperature)
+
+
+def log_probabilities_after(
+    prefilled: Prefilled, groups: Sequence[Sequence[Sequence[int]]], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`answer_log_probabilities` for prompts that have been run."""
+    adapted, context, samples = prefilled.adapted, prefilled.context, len(groups[0])
     answers = [answer for group in groups for answer in group]
     device = device_of(adapted)
     lengths = torch.tensor([len(answer) for answer in answers], device=device)
     targets = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True).to(device)
     mask = (torch.arange(targets.shape[1], device=device) < lengths[:, None]).float()
 
-    first, context = _prefill(adapted, prompts, mixtures, prefix)
-    logits = first.repeat_interleave(samples, 0)  # (rows, 1, vocabulary)
+    logits = prefilled.logits.repeat_interleave(samples, 0)  # (rows, 1, vocabulary)
     if targets.shape[1] > 1:
         context.repeat(samples)
         # What follows an answer's end is masked by causality already; only the prompt's padding needs the mask.
         context.extend(targets.shape[1] - 1)
-        with adapted.rows([mixture for mixture in mixtures for _ in range(samples)]):
+        with adapted.rows([mixture for mixture in prefilled.mixtures for _ in range(samples)]):
             rest = forward(adapted, targets[:, :-1], context, logits_to_keep=0)
         logits = torch.cat([logits, rest], dim=1)  # (rows, longest answer, vocabulary)
     # Flat, because torch's cross entropy over a class dimension that is not the last sums it ten times less exactly.
@@ -308,34 +396,10 @@ def _check(
         raise ValueError("a picture belongs to one prompt; the same prompt for every row, and no prefix, was expected")
 
 
-def _prefill(
-    adapted: SpectralModel, prompts: Sequence[Sequence[int]], mixtures: Sequence[Deltas | None], prefix: Prefix | None
-) -> tuple[Tensor, Context]:
-    """Run the prompts: logits of their last tokens (rows, 1, vocabulary) and their context."""
-    if prefix is None:
-        # Each prompt keeps a token of its own, for the logits.
-        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-        alike = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        rows_saved = len(mixtures) - len(distinct(mixtures))
-        if alike * rows_saved >= _LEAST_SAVING:
-            prefix = compute_prefix(adapted, prompts[0][:alike], mixtures)
-            prompts = [prompt[alike:] for prompt in prompts]
-    cache = GrowingCache(adapted.model.config) if prefix is None else prefix.cache_for(mixtures)
-    ids, mask = pad_left(prompts, device_of(adapted))
-    if mask is not None and prefix is not None:
-        mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
-    context = Context(cache, mask)
-    with adapted.rows(mixtures):
-        logits = forward(adapted, ids, context)
-    return logits, context
-
-
 def _prefill_picture(
     adapted: SpectralModel, prompt: Sequence[int], mixtures: Sequence[Deltas | None], picture: PictureInputs
-) -> tuple[Tensor, Context, int]:
-    """Run a prompt and its picture, a row for each mixture: logits of the last token (rows, 1, vocabulary), what was
-    seen, and how much the positions of what follows differ from the count of tokens.
-    """
+) -> Prefilled:
+    """Run a prompt and its picture, a row for each mixture."""
     context = Context(GrowingCache(adapted.model.config), None)
     seen = picture_arguments(adapted.model, picture, len(mixtures))
     try:
@@ -343,8 +407,9 @@ def _prefill_picture(
             ids = torch.tensor([list(prompt)] * len(mixtures), device=device_of(adapted))
             logits = forward(adapted, ids, context, **seen)
     finally:
+        # A picture's tokens may share positions.
         shift = take_position_shift(adapted.model)
-    return logits, context, shift
+    return Prefilled(adapted, mixtures, [shift + len(prompt)] * len(mixtures), logits, context)
 
 
 def _base_first(mixtures: Sequence[Deltas | None]) -> list[int]:

@@ -72,6 +72,10 @@ class GrowingLayer(DynamicLayer):
         """Have seen the first `length` tokens of these; what is behind them is room that nobody else writes to."""
         self._room, self._length, self._seen = (keys, values), length, (None, None)
 
+    def leave_room(self) -> None:
+        """Leave the room behind what was seen to others, and have the next tokens in tensors of its own."""
+        self._put(*self._views())
+
     def extend(self, tokens: int) -> tuple[Tensor, Tensor]:
         """See so many more tokens, which are the caller's to write; gives keys and values with the room behind them."""
         length = self.get_seq_length() + tokens

@@ -5,7 +5,7 @@ import torch
 from random_mixtures import random_deltas
 
 from t2app import context
-from t2app.context import _MOST_KEPT_MIXTURES, Beginnings, Context, compute_prefix
+from t2app.context import _MOST_KEPT_MIXTURES, Beginnings, Context, compute_prefix, forward
 from t2app.decoding import collected, decode
 from t2app.messages import Limits, Sampling
 from t2app.scheduler import Scheduler
@@ -94,3 +94,18 @@ def test_rows_that_join_are_copied_once_and_have_room_for_more_tokens(real):
         assert torch.equal(keys[1], longer.keys[0])
         assert layer.extend(1)[0].data_ptr() == keys.data_ptr()
     assert joined.mask.tolist() == [[0] * 20 + [1] * 10, [1] * 30]
+
+
+def test_copy_of_a_context_goes_on_by_itself(real):
+    ids = torch.arange(100, 140)[None]
+    context = Context(compute_prefix(real.adapted, ids[0].tolist(), [None]).cache, None)
+    copy = context.copy()
+    ways = {"own": torch.tensor([[5]]), "copied": torch.tensor([[7]])}
+    with torch.inference_mode():
+        # In turns: each writes its token where the other would have room for its own.
+        forward(real.adapted, ways["own"], context)
+        forward(real.adapted, ways["copied"], copy)
+        for name, went_on in (("own", context), ("copied", copy)):
+            found = forward(real.adapted, torch.tensor([[9]]), went_on)
+            whole = real.adapted.model(torch.cat([ids, ways[name], torch.tensor([[9]])], 1)).logits[:, -1:]
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-3)

@@ -24,7 +24,7 @@ from t2app.mixtures import (
 from t2app.models import Model, load_model
 from t2app.search import CrossEntropy, MixtureSearch, by_neighbourhood, pick_shots, scorer
 from t2app.search.cross_entropy import apart, smoothed
-from t2app.search.scores import Score, log_likelihoods, right_answers
+from t2app.search.scores import Score, answers_and_likelihoods, log_likelihoods, right_answers
 from t2app.search.search import chosen, finalists
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
@@ -181,11 +181,34 @@ def test_exact_score_counts_right_answers_first_and_breaks_ties_by_likelihood(mo
         def is_right(self, example: Example, answer: str) -> bool:
             return example.prompt != "Four?"
 
-    by_likelihood = scorer(LIKELIHOOD, model, SHOTS, shots)(mixtures)
-    by_answers = scorer(EXACT, model, Task("counting", PAIRS), answered)(mixtures)
+    by_likelihood = scorer(LIKELIHOOD, model, SHOTS, shots)(mixtures).scores
+    by_answers = scorer(EXACT, model, Task("counting", PAIRS), answered)(mixtures).scores
     assert [score.right for score in by_answers] == [3, 3, 3]
     assert [score.right for score in by_likelihood] == [0, 0, 0]
-    assert max(by_answers).log_likelihood == max(score.log_likelihood for score in by_likelihood)
+    best = max(score.log_likelihood for score in by_likelihood)
+    assert max(by_answers).log_likelihood == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model", "real"])
+def test_answers_and_likelihoods_of_prompts_run_once_are_those_of_each_alone(request, name, monkeypatch):
+    model = request.getfixturevalue(name)
+    shots = EVEN.examples("train")
+    mixtures = [None, *(mix(model.experts, {expert.name: 0.7}) for expert in model.experts)]
+    sampling = Sampling(max_new_tokens=EVEN.max_new_tokens)
+    right = [
+        EVEN.is_right(shot, model.tokenizer.decode(ids, skip_special_tokens=True))
+        for mixture in mixtures
+        for shot in shots
+        for ids in collected(decode(model.adapted, [model.prompt_ids(shot.prompt)], [mixture], sampling, model.eos_ids))
+    ]
+    likelihoods = log_likelihoods(model, shots, mixtures)
+    for tokens in (16384, 600):  # in one batch, and in some that split a mixture's rows
+        monkeypatch.setattr("t2app.search.scores._BATCH_TOKENS", tokens)
+        found = answers_and_likelihoods(model, EVEN, shots, mixtures)
+        assert found.right.flatten().tolist() == right
+        assert [score.right for score in found.scores] == found.right.sum(1).tolist()
+        assert [score.log_likelihood for score in found.scores] == pytest.approx(likelihoods, rel=1e-4)
+    assert 0 < found.right.sum() < found.right.size
 
 
 def test_finalist_that_is_kept_is_the_best_alone_or_one_that_is_better_beyond_doubt():
@@ -248,7 +271,7 @@ def test_search_by_answers_ends_with_its_best_tried_again_and_keeps_the_best_of_
     sampled = last.answers // len(EVEN.examples("train")) - 1
     assert last.finalists == len(points) and sampled > 1
     asked = model, EVEN, EVEN.examples("train"), [mix(model.experts, search.weights(point)) for point in points]
-    again = right_answers(*asked) + right_answers(*asked, sampled, temperature=0.5)
+    again = answers_and_likelihoods(*asked).right + right_answers(*asked, sampled, temperature=0.5)
     right = dict(zip(points, again, strict=True))
     assert search.best == chosen(right, search.scores, points[:3]) and last.right == right[search.best].sum()
     assert last.alone == dict(zip(("base", "one", "two"), again.sum(1).tolist(), strict=False))
@@ -256,7 +279,8 @@ def test_search_by_answers_ends_with_its_best_tried_again_and_keeps_the_best_of_
 
 
 def test_search_by_likelihood_decodes_nothing_and_tries_nothing_again(model, monkeypatch):
-    monkeypatch.setattr("t2app.search.scores.decode", None)
+    for name in ("decode", "decode_prefilled"):
+        monkeypatch.setattr(f"t2app.search.scores.{name}", None)
     assert run(model, score=LIKELIHOOD, rounds=1).found("x").reevaluated is None
 
 

@@ -105,6 +105,7 @@ class MixtureSearch:
         points = [tuple(np.repeat(corner, self._per_expert).tolist()) for corner in corners]
         self._alone: dict[str, Point] = dict(zip((BASE, *self._names), points, strict=True))
         self.scores: dict[Point, Score] = {}
+        self._right: dict[Point, np.ndarray] = {}  # which examples each candidate answered rightly, (examples,)
         self.best: Point | None = None
         self._stopped = False
         self._trace: list[Searched] = []
@@ -135,7 +136,10 @@ class MixtureSearch:
         )
         while len(self._trace) < settings.rounds and not method.settled and not self._stopped:
             new = [point for point in dict.fromkeys(method.ask()) if point not in self.scores]
-            self.scores |= zip(new, self._score(self._mixtures(new)) if new else [], strict=True)
+            if new:
+                scored = self._score(self._mixtures(new))
+                self.scores |= zip(new, scored.scores, strict=True)
+                self._right |= zip(new, scored.right, strict=True)
             method.tell(self.scores)
             self.best = by_neighbourhood(self.scores)[0]
             score = self.scores[self.best]
@@ -154,12 +158,12 @@ class MixtureSearch:
             yield self._trace[-1]
 
     def _reevaluate(self, started: float) -> Reevaluated:
-        """Try the finalists again and make the best of them `best`."""
+        """Try the finalists again and make the best of them `best`; their greedy answers are known."""
         alone = list(self._alone.values())
         points = finalists(self.scores, alone)
         asked = (self._model, self._task, self._shots, self._mixtures(points))
-        counts = right_answers(*asked) + right_answers(*asked, _SAMPLES, _SAMPLES_TEMPERATURE)
-        right = dict(zip(points, counts, strict=True))
+        sampled = right_answers(*asked, _SAMPLES, _SAMPLES_TEMPERATURE)
+        right = {point: self._right[point] + row for point, row in zip(points, sampled, strict=True)}
         self.best = chosen(right, self.scores, alone)
         self._reevaluated = Reevaluated(
             best=self._by_expert(self.best),
