@@ -3,6 +3,7 @@
 The real model is loaded once a session; its first load on a machine downloads and converts it.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,14 @@ SMALL_CONFIGS = {
     "gpt_neox": GPTNeoXConfig(vocab_size=96, **_SIZES),
     "phi": PhiConfig(vocab_size=96, **_SIZES),
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the processors among the processes that test side by side: threads without one wait for each other."""
+    workers = config.getoption("numprocesses", None)
+    if workers:
+        # They and what they start inherit it.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 @pytest.fixture(scope="session")

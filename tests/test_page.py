@@ -203,9 +203,12 @@ def test_first_pass_shows_why_and_where_the_model_is_changed(page):
 def type_example(page: Page, prompt: str, answer: str) -> None:
     """Fill the first row of the table of examples as a person does."""
     for column, value in enumerate((prompt, answer)):
-        page.get_by_test_id(f"cell-0-{column}").dblclick()
+        cell = page.get_by_test_id(f"cell-0-{column}")
+        cell.dblclick()
+        expect(cell.get_by_role("textbox")).to_be_focused()
         page.keyboard.type(value)
         page.keyboard.press("Enter")
+        expect(cell).to_contain_text(value)
 
 
 def search_by_name(page: Page, name: str) -> None:
