@@ -354,6 +354,30 @@ def log_probabilities_after(
     return logs, mask
 
 
+def choice_log_probabilities(
+    adapted: SpectralModel,
+    prompt: Sequence[int],
+    choices: Sequence[Sequence[int]],
+    mixture: Deltas | None,
+    prefix: Prefix | None = None,
+) -> Tensor:
+    """Log-probability of each of several short answers to one prompt, (choices,).
+
+    The arguments are those of `answer_log_probabilities`, for one prompt and its group.
+    """
+    longest = max(choices, key=len)
+    if any(choice[:-1] != longest[: len(choice) - 1] for choice in choices):
+        logs, mask = answer_log_probabilities(adapted, [prompt], [choices], [mixture], prefix=prefix)
+        return (logs * mask).sum(1)
+    # The longest goes on behind the prompt, in the same pass, and what precedes any other's last token is part of it.
+    ids = torch.tensor([[*prompt, *longest[:-1]]], device=device_of(adapted))
+    cache = GrowingCache(adapted.model.config) if prefix is None else prefix.cache_for([mixture])
+    with adapted.rows([mixture]):
+        logits = forward(adapted, ids, Context(cache, None), logits_to_keep=len(longest))
+    logs = logits[0].float().log_softmax(-1)  # (tokens of the longest, vocabulary)
+    return torch.stack([logs[range(len(choice)), choice].sum() for choice in choices])
+
+
 def parts_by_length(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
     """Rows that are scored together: in order of length, with little padding, and no more than memory should hold."""
     part: list[int] = []

@@ -84,7 +84,8 @@ class Engine:
     def _prepare_dispatcher(self, name: str) -> None:
         """Another caller may have had it prepared meanwhile."""
         if name not in self._dispatchers:
-            self._dispatchers[name] = make_dispatcher(name, self.model)
+            self._dispatchers[name] = dispatcher = make_dispatcher(name, self.model)
+            self._scheduler.when_idle(dispatcher.speeding_up())
 
     def answer(
         self,

@@ -7,6 +7,8 @@ from t2app.catalogue import CatalogueEntry
 
 # Beside the weights there are bases, caches and what a step computes.
 _ROOM_OVER_WEIGHTS = 1.25
+# Of the host's free memory, for what works without it and is only faster with it.
+_SPARE_SHARE = 0.1
 
 
 def memory_bytes() -> int:
@@ -20,3 +22,8 @@ def memory_bytes() -> int:
 def fits(entry: CatalogueEntry, precision: str) -> bool:
     """Whether a model of the catalogue, held in one of `catalogue.HELD_IN`, can be used on this machine."""
     return _ROOM_OVER_WEIGHTS * entry.memory_bytes(precision) <= memory_bytes()
+
+
+def can_spare(size: int) -> bool:
+    """Whether so many bytes of the host's memory may go to what would only be slower without them."""
+    return size <= _SPARE_SHARE * psutil.virtual_memory().available

@@ -7,13 +7,15 @@ into one row and draws from one generator: there is no row left to have a mixtur
 A prompt is run in parts, so that a long one keeps nobody waiting for their next token, nor for their first. Whatever
 else runs the model, such as a part of a first pass or a round of a search, is a piece of work that is done between two
 steps. Work, requests that wait to be let in and prompts that are run stand in queues, in each of which the users take
-turns; in the first two nobody overtakes the first one in turn.
+turns; in the first two nobody overtakes the first one in turn. Where nobody waits for anything, what makes later work
+faster is done, a part at a time.
 This file knows token ids and mixtures, and nothing of prompts or experts.
 """
 
 import atexit
 import ctypes
 import gc
+import logging
 import queue
 import threading
 import time
@@ -219,6 +221,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._work: FairQueue[tuple[Caller, Future, Callable]] = FairQueue()
         self._waiting: FairQueue[_Request] = FairQueue()
+        self._preparations: deque[Parts[None]] = deque()
         self._callers = 0
         self.closed = self._stopped = False
         self._thread: threading.Thread | None = None
@@ -260,13 +263,19 @@ class Scheduler:
                 self._callers -= 1
                 self._changed.notify_all()
 
+    def when_idle(self, preparation: Parts[None]) -> None:
+        """Have something done whenever there is nothing else to do; where it fails it is left as far as it came."""
+        with self._changed:
+            self._preparations.append(preparation)
+            self._wake()
+
     def close(self) -> None:
         """Let nobody new in, wait until those who are in have left, and let go of the model."""
         with self._changed:
             self.closed = True
             self._changed.wait_for(lambda: not self._callers)
         self._stop()
-        self._beginnings = self._entering = self._batch = self._adapted = None
+        self._beginnings = self._entering = self._batch = self._adapted = self._preparations = None
         free_memory()
 
     def _add_work(self, user: Hashable, caller: Caller, future: Future, work: Callable) -> None:
@@ -311,6 +320,9 @@ class Scheduler:
         """The thread: in turns a piece of work, a part of a prompt, and a step of all that run."""
         served = None
         while self._wait_for_something():
+            if not self._is_asked:
+                self._prepare()
+                continue
             self._drop_cancelled()
             with self._changed:
                 work = self._work.pop() if self._work else None
@@ -340,6 +352,10 @@ class Scheduler:
 
     @property
     def _has_something(self) -> bool:
+        return self._is_asked or bool(self._preparations)
+
+    @property
+    def _is_asked(self) -> bool:
         return bool(self._work or self._waiting or self._entering or self._running)
 
     def _fits(self, request: _Request) -> bool:
@@ -347,6 +363,13 @@ class Scheduler:
         together = {request, *self._entering, *(other for other, _ in self._running.values())}
         rows = len(self._running) + sum(len(other.mixtures) for other in (request, *self._entering))
         return max(other.tokens for other in together) <= self.most_tokens(rows)
+
+    def _prepare(self) -> None:
+        done, failure = _attempt(partial(next_part, self._preparations[0]))
+        if failure is not None:
+            logging.getLogger(__name__).warning("a preparation failed", exc_info=failure)
+        if failure is not None or done[0]:
+            self._preparations.popleft()
 
     def _do(self, caller: Caller, future: Future, work: Callable) -> None:
         if not future.set_running_or_notify_cancel():

@@ -8,6 +8,7 @@ W's narrow side is needed to compute W'x from Wx:
 
 so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
 batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
+Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own.
 This file knows linear layers and vectors; it does not know experts, prompts or how a model is loaded.
 """
 
@@ -15,6 +16,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -32,6 +34,7 @@ from t2app.kernels import (
     pack_vectors,
     row_edit,
 )
+from t2app.parts import Parts
 from t2app.products import edited, has_products_of_many_rows
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
@@ -95,6 +98,13 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+class Merged(NamedTuple):
+    """One z − 1 (rank,), which is known again as this object, and a layer of the weight W' that it makes."""
+
+    delta: Tensor
+    layer: FastLinear
+
+
 @dataclass(eq=False)
 class RowDeltas:
     """Which rows of a batch one layer edits, and by what.
@@ -103,12 +113,14 @@ class RowDeltas:
         count: rows of the batch.
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
+        merged: a layer of W' in place of the edit; None where there is none for these rows.
         kernel: of the edit, made when it is first used.
     """
 
     count: int
     edited: slice | Tensor
     delta: Tensor
+    merged: FastLinear | None = None
     kernel: ScriptObject | None = None
 
     @property
@@ -139,6 +151,7 @@ class SpectralLinear(nn.Module):
         packed: the singular vectors for the kernels; None without these.
         vectors: Vᵀ or Uᵀ (rank, narrow); None where the packed ones are there alone.
         in_basis: WV (out_features, rank) or UᵀW (rank, in_features); None where it is not kept.
+        merged: what `merge` made; None before.
         device: the one that it computes on.
     """
 
@@ -157,6 +170,7 @@ class SpectralLinear(nn.Module):
         self._path, self.in_use = path, in_use
         self.edits_input = basis.edits_input
         self.singular_values = basis.singular_values
+        self.merged: Merged | None = None
         self.device = execution_device(base)
         vectors = basis.vectors.T.to(self.device, dtype).contiguous()
         by_kernels = by_kernels and self.device.type == "cpu" and dtype == torch.bfloat16
@@ -188,6 +202,8 @@ class SpectralLinear(nn.Module):
                 f"an adapted layer was given an input of shape {tuple(x.shape)}; its mixtures are for "
                 f"{rows.count} rows, so (rows, tokens, features) with that many rows was expected"
             )
+        if rows.merged is not None:
+            return rows.merged(x)
         if not needs_gradient(x, rows.delta) and (edited_kernel := self.edited_kernel(*x.shape[:2])) is not None:
             return edited_kernel.kernel.forward(x, edited_kernel.edit)
         if self._has_factors(rows):
@@ -206,12 +222,28 @@ class SpectralLinear(nn.Module):
         rows = self.rows
         if rows is None:
             return self.base.edited_kernel(count, tokens)
+        if rows.count == count and rows.merged is not None:
+            return rows.merged.edited_kernel(count, tokens)
         if rows.count != count or self.packed is None or not isinstance(rows.edited, slice):
             return None
         if self._has_factors(rows) and count * tokens >= _FACTOR_TOKENS:
             return None
         kernel = self.base.kernel_for(count * tokens)
         return None if kernel is None else EditedKernel(kernel, self._edit_kernel(rows))
+
+    def merge(self, delta: Tensor) -> None:
+        """Keep the weight of z − 1 (rank,) beside the layer's own, for batches all of whose rows have it.
+
+        It takes a layer that runs by the kernels.
+        """
+        vectors, scaled = self._vectors_with(delta, torch.float32)
+        change = (vectors.T * scaled) @ vectors  # (narrow, narrow)
+        weight = self.base.weight.float()
+        weight += weight @ change if self.edits_input else change @ weight
+        layer = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
+        layer.bias = self.base.bias
+        self.merged = Merged(delta, FastLinear(layer))
 
     def _has_factors(self, rows: RowDeltas) -> bool:
         return self.in_basis is not None and rows.edits_all
@@ -236,11 +268,14 @@ class SpectralLinear(nn.Module):
         return side
 
     def _edited_by_torch(self, side: Tensor, rows: RowDeltas, bias: Tensor | None) -> Tensor:
+        return edited(side, rows.edited, *self._vectors_with(rows.delta, side.dtype), bias)
+
+    def _vectors_with(self, delta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The vectors (rank, narrow), and z − 1 as it goes with them."""
         if self.vectors is not None:
-            return edited(side, rows.edited, self.vectors, rows.delta, bias)
-        integers = integers_in_order(self.packed, side.dtype)
+            return self.vectors.to(dtype), delta
         # The coordinate and the contribution both lack a vector's scale.
-        return edited(side, rows.edited, integers, rows.delta * self.packed.scales.square(), bias)
+        return integers_in_order(self.packed, dtype), delta * self.packed.scales.square()
 
     def by_factors(self, x: Tensor, delta: Tensor) -> Tensor:
         """W'x + bias, every row under its own z − 1 (1 or rows, rank): two products; an edit beside Wx takes three.
@@ -291,6 +326,22 @@ class SpectralModel:
         for path, layer in self.layers.items():
             model.set_submodule(path, layer)
 
+    def merging(self, deltas: Deltas) -> Parts[None]:
+        """Keep the weights of a mixture that all rows of many batches will have, a layer a part.
+
+        Such a batch then costs what the plain model's does. Layers that do not run by the kernels stay as they are.
+        """
+        for path in self._mergeable(deltas):
+            self.layers[path].merge(deltas[path])
+            yield
+
+    def merged_bytes(self, deltas: Deltas) -> int:
+        """What `merging` takes: as much memory as the layers' own weights."""
+        return sum(self.layers[path].base.weight.nbytes for path in self._mergeable(deltas))
+
+    def _mergeable(self, deltas: Deltas) -> list[str]:
+        return [path for path in deltas if isinstance(self.layers[path].base, FastLinear)]
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """New z − 1 (rank,) of every layer in float32, all 0: as a mixture, the model as it is.
 
@@ -339,7 +390,9 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     # A slice of rows is a view; an index of rows that are apart copies them.
     together = last - first + 1 == len(adapted)
     rows = slice(first, last + 1) if together else torch.tensor(adapted, device=layer.device)
-    return RowDeltas(len(deltas), rows, delta.to(layer.device, torch.float32))
+    merged = layer.merged
+    of_merged = merged is not None and shared and deltas[first] is merged.delta and len(adapted) == len(deltas)
+    return RowDeltas(len(deltas), rows, delta.to(layer.device, torch.float32), merged.layer if of_merged else None)
 
 
 def require_gradients(model: nn.Module) -> None:

@@ -26,12 +26,13 @@ def test_prompts_are_different_ones_of_64_tokens(real):
 
 def test_first_token_is_waited_for_as_long_as_for_its_two_parts(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
-    whole, first_pass, prefill = bench_first_token(str(tiny_folder), "fp32")
-    assert [figure.figure for figure in (whole, first_pass, prefill)] == [
+    whole, first_pass, prefill, unprepared = bench_first_token(str(tiny_folder), "fp32")
+    assert [figure.figure for figure in (whole, first_pass, prefill, unprepared)] == [
         "seconds",
         "first_pass_seconds",
         "prefill_seconds",
+        "unprepared_first_pass_seconds",
     ]
-    assert whole.n == first_pass.n == prefill.n >= 8
+    assert whole.n == first_pass.n == prefill.n == unprepared.n >= 8
     assert max(first_pass.min, prefill.min) < first_pass.min + prefill.min <= whole.min
     assert whole.max <= first_pass.max + prefill.max

@@ -5,7 +5,8 @@ import torch
 from random_mixtures import random_deltas
 from torch import Tensor
 
-from t2app.decoding import TextStream, answer_log_probabilities, collected, decode
+from t2app.context import compute_prefix
+from t2app.decoding import TextStream, answer_log_probabilities, choice_log_probabilities, collected, decode
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
@@ -232,6 +233,27 @@ def test_answers_score_and_learn_as_the_plain_way_does(request, name, lengths):
     for path, delta in deltas.items():
         scale = reference[path].grad.abs().max().item()
         torch.testing.assert_close(delta.grad, reference[path].grad, rtol=1e-3, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize(
+    ("choices", "tokens"),
+    [([[5], [7, 8, 9], [7, 10], [7]], [2]), ([[5], [7, 8], [6, 9]], [0, 3])],
+    ids=["one goes on from another", "two go on apart"],
+)
+def test_choices_score_as_each_does_alone_in_one_pass_where_that_can_be(real, choices, tokens):
+    prompt, mixture = real.prompt_ids(QUESTIONS[0]), random_deltas(real.adapted, 3)
+    prefix = compute_prefix(real.adapted, prompt[:10], [mixture])
+    seen = []
+    hook = real.adapted.model.register_forward_pre_hook(
+        lambda _, arguments, options: seen.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.inference_mode():
+        found = choice_log_probabilities(real.adapted, prompt[10:], choices, mixture, prefix)
+        hook.remove()
+        expected = [one_by_one(real.adapted, prompt, choice, mixture).sum() for choice in choices]
+    first, *rest = tokens
+    assert seen == [len(prompt) - 10 + first, *rest]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_base_answers_score_as_the_plain_model_scores_them(real, plain, prompts, greedy_alone):

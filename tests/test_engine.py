@@ -1,8 +1,10 @@
 """The two passes on the real model as the app runs it: dispatch, events, stopping, and prompts that are refused."""
 
 import math
+import time
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from t2app.dispatch import PromptDispatch, make_dispatcher
 from t2app.dispatch.wordings import CALIBRATIONS
 from t2app.engine import Engine, PromptError
 from t2app.evaluation import confusion_table, evaluate_dispatch
-from t2app.experts import Expert, ExpertError
+from t2app.experts import Expert, ExpertError, mix
+from t2app.kernels import has_fast_linears
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT, PROMPT_SOFT, Dispatched, Finished, Sampling, Token, as_json
-from t2app.models import load_model
-from t2app.parts import next_part
+from t2app.models import Model, load_model
+from t2app.parts import next_part, whole
 from t2app.tasks.dispatch import labelled_prompts
 
 SHORT = Sampling(max_new_tokens=12)
@@ -151,6 +154,52 @@ def test_classification_expert_names_the_category_where_it_was_not_trained_on_th
     assert decision.label == label and decision.note is None
     named = {expert.name for expert in engine.model.experts if expert.label == label}
     assert {name for name, weight in decision.weights.items() if weight} == named
+
+
+@pytest.fixture
+def merging() -> Model:
+    """The model, not loaded for anybody else, where it runs by the kernels: other weights are not merged."""
+    model = load_model()
+    if not has_fast_linears(model.adapted.model):
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
+    return model
+
+
+def test_merged_classification_expert_decides_as_it_did_and_others_are_left_alone(merging):
+    model, adapted, dispatch = merging, merging.adapted, make_dispatcher(CLASSIFIER, merging)
+    prompts = [prompt for prompt, _ in labelled_prompts("validation")[::5]]
+    ids = torch.tensor([model.prompt_ids(SUM)] * 2)
+    others = [None, mix(model.experts, {"math": 1.0})]
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode(), adapted.rows(others):
+            return adapted.model(ids).logits
+
+    before, as_they_were = [dispatch.decide(prompt) for prompt in prompts], logits()
+    whole(dispatch.speeding_up())
+    assert all(layer.merged is not None for layer in adapted.layers.values())
+    assert torch.equal(logits(), as_they_were)
+    after = [dispatch.decide(prompt) for prompt in prompts]
+    for was, became in zip(before, after, strict=True):
+        assert became.label == was.label
+        assert became.probabilities == pytest.approx(was.probabilities, abs=0.05)
+    assert before != after, "the merged weights were not used"
+
+
+def test_classification_expert_is_merged_once_it_was_asked_and_nobody_asks_for_more(merging):
+    engine, layers = Engine(merging), merging.adapted.layers.values()
+    assert isinstance(list(engine.answer(SUM, engine.dispatcher(CLASSIFIER), SHORT))[-1], Finished)
+    deadline = time.monotonic() + 120
+    while any(layer.merged is None for layer in layers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(layer.merged is not None for layer in layers)
+
+
+def test_memory_that_is_short_is_not_spent_on_a_merged_expert(merging, monkeypatch):
+    available = merging.adapted.merged_bytes(mix([merging.classifier], {CLASSIFIER: 1.0})) * 9
+    monkeypatch.setattr("t2app.machine.psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    whole(make_dispatcher(CLASSIFIER, merging).speeding_up())
+    assert all(layer.merged is None for layer in merging.adapted.layers.values())
 
 
 def test_classification_expert_is_no_part_of_the_mixture(engine):

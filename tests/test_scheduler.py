@@ -1,6 +1,7 @@
 """Many callers at once: their rows in one batch of the real model in fp32, who waits for whom, and what is refused."""
 
 import os
+import queue
 import subprocess
 import sys
 import textwrap
@@ -375,6 +376,51 @@ def test_what_never_fits_is_refused_at_once(start, real, asked):
         stream = caller.decode(asked[0].prompt, asked[0].mixtures, Sampling(max_new_tokens=100))
         with pytest.raises(ValueError, match="2 rows of .* tokens never fit; 2 rows may have 50 each"):
             next(stream)
+
+
+def test_preparations_are_made_while_nothing_is_asked_for_and_one_that_fails_harms_nobody(tiny, caplog):
+    scheduler, made, passes = Scheduler(tiny.adapted, (), Limits()), queue.SimpleQueue(), []
+    hook = tiny.adapted.model.register_forward_hook(lambda *_: passes.append(None))
+
+    def prepare(*parts: str) -> Parts[None]:
+        for part in parts:
+            made.put((part, len(passes)))
+            yield
+
+    def fail() -> Parts[None]:
+        yield
+        raise RuntimeError("this preparation fails")
+
+    def ask(tokens: int, *preparations: Parts[None]) -> None:
+        with scheduler.caller("somebody") as caller:
+            steps = caller.decode([5, 6, 7], [None], Sampling(max_new_tokens=tokens))
+            next(steps)
+            for preparation in preparations:
+                scheduler.when_idle(preparation)
+            assert len(list(steps)) == tokens
+
+    try:
+        ask(300, prepare("first", "second"), fail(), prepare("third"))
+        parts = [made.get(timeout=PATIENCE) for _ in range(3)]
+        assert parts == [("first", 300), ("second", 300), ("third", 300)], "the answer was made in 300 passes"
+        ask(4)
+    finally:
+        scheduler.close()
+        hook.remove()
+    assert "this preparation fails" in caplog.text
+
+
+def test_closing_does_not_wait_for_preparations(tiny):
+    scheduler, begun = Scheduler(tiny.adapted, (), Limits()), threading.Event()
+
+    def prepare() -> Parts[None]:
+        while True:
+            begun.set()
+            yield
+
+    scheduler.when_idle(prepare())
+    assert begun.wait(PATIENCE)
+    scheduler.close()
 
 
 # The engine: what is promised to callers, on a small model.

@@ -193,6 +193,7 @@ def test_exact_score_counts_right_answers_first_and_breaks_ties_by_likelihood(mo
 def test_answers_and_likelihoods_of_prompts_run_once_are_those_of_each_alone(request, name, monkeypatch):
     model = request.getfixturevalue(name)
     shots = EVEN.examples("train")
+    monkeypatch.setattr(EVEN, "max_new_tokens", 8)
     mixtures = [None, *(mix(model.experts, {expert.name: 0.7}) for expert in model.experts)]
     sampling = Sampling(max_new_tokens=EVEN.max_new_tokens)
     right = [

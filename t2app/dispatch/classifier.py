@@ -11,10 +11,11 @@ import torch
 
 from t2app.categories import CLASSIFIER, LABELS, question
 from t2app.context import Prefix, compute_prefix, run_in_parts
-from t2app.decoding import answer_log_probabilities
+from t2app.decoding import choice_log_probabilities
 from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.experts import mix
+from t2app.machine import can_spare
 from t2app.models import Model
 from t2app.parts import Parts
 
@@ -45,6 +46,12 @@ class ClassifierDispatch(Dispatcher):
         probabilities = dict(zip(LABELS, scores.softmax(0).tolist(), strict=True))
         return decision_for(max(probabilities, key=probabilities.__getitem__), probabilities, self._model.experts)
 
+    def speeding_up(self) -> Parts[None]:
+        """Merge the classification expert, under which every question is read."""
+        adapted = self._model.adapted
+        if self._instead is None and can_spare(adapted.merged_bytes(self._mixture)):
+            yield from adapted.merging(self._mixture)
+
     @torch.inference_mode()
     def _computed(self, beginning: Sequence[int]) -> Prefix | None:
         """What all questions begin with, computed once."""
@@ -56,8 +63,7 @@ class ClassifierDispatch(Dispatcher):
         # A tokenizer may join the prompt's first characters with what comes before them.
         if self._prefix is not None and asked[: self._prefix.length] == self._beginning:
             asked, prefix = asked[self._prefix.length :], self._prefix
-        adapted, mixtures = self._model.adapted, [self._mixture]
-        asked, prefix = yield from run_in_parts(adapted, asked, mixtures, prefix)
+        adapted = self._model.adapted
+        asked, prefix = yield from run_in_parts(adapted, asked, [self._mixture], prefix)
         with torch.inference_mode():
-            logs, mask = answer_log_probabilities(adapted, [asked], [self._labels], mixtures, prefix=prefix)
-            return (logs * mask).sum(1).float()
+            return choice_log_probabilities(adapted, asked, self._labels, self._mixture, prefix)

@@ -51,6 +51,10 @@ class Dispatcher(ABC):
     def deciding(self, prompt: str) -> Parts[Decision]:
         """Decide in parts."""
 
+    def speeding_up(self) -> Parts[None]:
+        """Prepare in parts what later decisions are faster with, and no different."""
+        yield from ()
+
     def decide(self, prompt: str) -> Decision:
         """Decide without a break."""
         return whole(self.deciding(prompt))

@@ -11,7 +11,7 @@ import torch
 
 from t2app.categories import OTHER, OTHER_DESCRIPTION
 from t2app.context import compute_prefix, run_in_parts
-from t2app.decoding import answer_log_probabilities
+from t2app.decoding import choice_log_probabilities
 from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for, softened
 from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS, Wording
 from t2app.messages import PROMPT, PROMPT_SOFT
@@ -72,8 +72,7 @@ class _Question:
         question, adapted = self._ids(f"{prompt}{self._wording.after}"), self._model.adapted
         question, prefix = yield from run_in_parts(adapted, question, [None], self._prefix)
         with torch.inference_mode():
-            logs, mask = answer_log_probabilities(adapted, [question], [self._labels], [None], prefix=prefix)
-            return (logs * mask).sum(1).float().log_softmax(0).cpu()
+            return choice_log_probabilities(adapted, question, self._labels, None, prefix).log_softmax(0).cpu()
 
     def _ids(self, text: str) -> list[int]:
         return self._model.tokenizer(text, add_special_tokens=False)["input_ids"]
