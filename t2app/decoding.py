@@ -155,7 +155,7 @@ class Batch:
                 self._admitted + p * samples + sample,
                 mixture,
                 sampling,
-                None if sampling.temperature == 0 else torch.Generator(device).manual_seed(starts[p] + sample),
+                None if sampling.temperature == 0 else torch.Generator().manual_seed(starts[p] + sample),
                 sampling.max_new_tokens,
                 position,
             )
@@ -464,8 +464,18 @@ def _tokens_at(temperature: float, top_p: float, logits: Tensor, rows: Sequence[
         warpers.append(TemperatureLogitsWarper(temperature))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    probabilities = warpers(None, logits.float()).softmax(-1)
-    return [torch.multinomial(probabilities[i], 1, generator=row.generator).item() for i, row in enumerate(rows)]
+    return _drawn(warpers(None, logits.float()).softmax(-1), [row.generator for row in rows])
+
+
+def _drawn(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+    """A token of each row of probabilities (rows, vocabulary), by one number of the row's own generator."""
+    # `torch.multinomial` takes a number for every entry of the vocabulary, which is a tenth of a step and more.
+    reached = probabilities.cumsum(-1)
+    whole = reached[:, -1:]  # 1, but for rounding
+    drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(whole.device)
+    # What is drawn is less than the whole, so that the entry that reaches beyond it has a probability.
+    drawn = torch.minimum(drawn[:, None] * whole, whole.nextafter(whole.new_zeros(())))
+    return torch.searchsorted(reached, drawn, right=True)[:, 0].tolist()
 
 
 class TextStream:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from random_mixtures import random_deltas
+from scipy.stats import chisquare
 from torch import Tensor
 
 from t2app.context import compute_prefix
-from t2app.decoding import TextStream, answer_log_probabilities, choice_log_probabilities, collected, decode
+from t2app.decoding import TextStream, _drawn, answer_log_probabilities, choice_log_probabilities, collected, decode
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
@@ -49,13 +50,37 @@ def test_greedy_base_row_is_what_generate_gives_token_for_token(plain, prompts, 
     assert greedy_alone == [generate(plain, prompt, max_new_tokens=40, do_sample=False) for prompt in prompts]
 
 
-def test_sampled_base_row_is_what_generate_gives_from_the_same_seed(real, plain, prompts, mixtures):
-    prompt = prompts[2]
-    torch.manual_seed(11)
-    expected = generate(plain, prompt, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.9, top_k=0)
-    rows = answers(real, [prompt, prompt], [None, mixtures[0]], SAMPLED)
-    assert rows[0] == expected
-    assert rows[1] != expected
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampled_tokens_follow_the_distribution_that_generate_draws_from(real, plain, prompts, top_p):
+    draws = 1000
+    generated = plain.generate(
+        torch.tensor([prompts[2]]),
+        max_new_tokens=1,
+        do_sample=True,
+        temperature=0.8,
+        top_p=top_p,
+        top_k=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    expected = draws * generated.scores[0][0].double().softmax(-1)
+    sampling = Sampling(max_new_tokens=1, temperature=0.8, top_p=top_p, seed=11)
+    rows = collected(decode(real.adapted, [prompts[2]], [None], sampling, real.eos_ids, samples=draws))
+    found = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(expected))
+    assert not found[expected == 0].any()
+    # The rarer tokens count together: the test needs some draws of each.
+    order = expected.argsort(descending=True)
+    common, rest = order[:8], order[8:]
+    counts, means = ([*of[common].tolist(), of[rest].sum().item()] for of in (found, expected))
+    assert min(means) > 5 and chisquare(counts, means).pvalue > 1e-3
+
+
+def test_draw_at_either_end_is_a_token_that_has_a_probability():
+    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7 - 1e-7, 0.0], [0.5, 0.5, 0.0, 0.0, 0.0]])
+    with pytest.MonkeyPatch.context() as patch:
+        for drawn, tokens in ((0.0, [1, 0]), (1 - 2**-24, [3, 1]), (1.0, [3, 1])):
+            patch.setattr(torch, "rand", lambda count, generator, drawn=drawn: torch.full((count,), drawn))
+            assert _drawn(probabilities, [None, None]) == tokens
 
 
 def test_rows_stop_on_their_own_at_their_end_of_turn(real, prompts):
