@@ -155,7 +155,7 @@ class Batch:
                 self._admitted + p * samples + sample,
                 mixture,
                 sampling,
-                None if sampling.temperature == 0 else torch.Generator().manual_seed(starts[p] + sample),
+                None if sampling.temperature == 0 else torch.Generator(device).manual_seed(starts[p] + sample),
                 sampling.max_new_tokens,
                 position,
             )
@@ -464,18 +464,20 @@ def _tokens_at(temperature: float, top_p: float, logits: Tensor, rows: Sequence[
         warpers.append(TemperatureLogitsWarper(temperature))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
-    return _drawn(warpers(None, logits.float()).softmax(-1), [row.generator for row in rows])
+    scores = warpers(None, logits.float())
+    return torch.stack([_drawn(own, row.generator) for own, row in zip(scores, rows, strict=True)]).tolist()
 
 
-def _drawn(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """A token of each row of probabilities (rows, vocabulary), by one number of the row's own generator."""
-    # `torch.multinomial` takes a number for every entry of the vocabulary, which is a tenth of a step and more.
-    reached = probabilities.cumsum(-1)
-    whole = reached[:, -1:]  # 1, but for rounding
-    drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(whole.device)
-    # What is drawn is less than the whole, so that the entry that reaches beyond it has a probability.
-    drawn = torch.minimum(drawn[:, None] * whole, whole.nextafter(whole.new_zeros(())))
-    return torch.searchsorted(reached, drawn, right=True)[:, 0].tolist()
+def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the tokens that `scores` (vocabulary,) are the logits of, as a tensor ().
+
+    Every token draws the time that it takes, exponentially distributed with its probability as the rate, and the first
+    one is it. That is `torch.multinomial`'s way too, whose times are drawn one after another and take much longer. By
+    one number for all tokens, roundings of what precedes a token would change what is drawn.
+    """
+    probabilities = scores.softmax(-1)
+    times = torch.empty_like(probabilities).uniform_(torch.finfo(probabilities.dtype).tiny, 1, generator=generator)
+    return (probabilities / times.log_().neg_()).argmax()
 
 
 class TextStream:

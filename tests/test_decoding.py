@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from t2app.context import compute_prefix
-from t2app.decoding import TextStream, _drawn, answer_log_probabilities, choice_log_probabilities, collected, decode
+from t2app.decoding import TextStream, answer_log_probabilities, choice_log_probabilities, collected, decode
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
@@ -73,14 +73,6 @@ def test_sampled_tokens_follow_the_distribution_that_generate_draws_from(real, p
     common, rest = order[:8], order[8:]
     counts, means = ([*of[common].tolist(), of[rest].sum().item()] for of in (found, expected))
     assert min(means) > 5 and chisquare(counts, means).pvalue > 1e-3
-
-
-def test_draw_at_either_end_is_a_token_that_has_a_probability():
-    probabilities = torch.tensor([[0.0, 0.3, 0.0, 0.7 - 1e-7, 0.0], [0.5, 0.5, 0.0, 0.0, 0.0]])
-    with pytest.MonkeyPatch.context() as patch:
-        for drawn, tokens in ((0.0, [1, 0]), (1 - 2**-24, [3, 1]), (1.0, [3, 1])):
-            patch.setattr(torch, "rand", lambda count, generator, drawn=drawn: torch.full((count,), drawn))
-            assert _drawn(probabilities, [None, None]) == tokens
 
 
 def test_rows_stop_on_their_own_at_their_end_of_turn(real, prompts):
