@@ -239,6 +239,7 @@ def test_process_that_cannot_do_what_is_asked_ends_so_too():
         ("eval", "arithmetic", "--dispatch", "few-shot:cooking"),
         ("eval", "gsm8k", "--data", "no-such-folder"),
         ("search", "arithmetic", "--name", "a/b"),
+        ("search", "svamp", "--name", "x"),
     ],
 )
 def test_what_needs_no_model_is_refused_before_torch_is_imported(arguments):

@@ -22,13 +22,13 @@ from t2app.mixtures import (
     write_mixture,
 )
 from t2app.models import Model, load_model
-from t2app.search import CrossEntropy, MixtureSearch, by_neighbourhood, pick_shots, scorer
+from t2app.search import CrossEntropy, MixtureSearch, by_neighbourhood, scorer
 from t2app.search.cross_entropy import apart, smoothed
 from t2app.search.scores import Score, answers_and_likelihoods, log_likelihoods, right_answers
 from t2app.search.search import chosen, finalists
 from t2app.tasks import Example
 from t2app.tasks.registry import task_named
-from t2app.tasks.shots import Shots
+from t2app.tasks.shots import Shots, pick_shots
 
 PAIRS = [("Say one.", "one"), ("Say two, and then three, please.", "two three"), ("Four?", "4"), ("Five", "it is five")]
 SHOTS = Shots("counting", PAIRS)

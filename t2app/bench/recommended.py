@@ -7,8 +7,9 @@ from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.messages import SearchSettings
 from t2app.models import load_model
-from t2app.search import MixtureSearch, by_neighbourhood, pick_shots
+from t2app.search import MixtureSearch, by_neighbourhood
 from t2app.tasks.registry import task_named
+from t2app.tasks.shots import pick_shots
 
 _TASKS = ("letter-counting", "chain-sum")
 _SHOTS, _ROUNDS = 10, 3

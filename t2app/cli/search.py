@@ -9,7 +9,7 @@ from t2app.cli.output import print_json
 from t2app.messages import SCORES, Reevaluated, SearchSettings, as_json, few_shot
 from t2app.mixtures import mixture_file, write_mixture
 from t2app.tasks.registry import TASKS, task_named
-from t2app.tasks.shots import shots_of_file
+from t2app.tasks.shots import pick_shots, shots_of_file
 
 
 def add_search(commands: Commands) -> None:
@@ -46,10 +46,10 @@ def search(options: argparse.Namespace) -> None:
     settings = SearchSettings(
         options.population, options.elite_fraction, options.rounds, options.per_layer, options.score, options.seed
     )
-
-    from t2app.search import MixtureSearch, pick_shots
-
     shots = pick_shots(task, options.shots, options.seed)
+
+    from t2app.search import MixtureSearch
+
     model = load(options, many_rows=True, experts_of=options.experts_of)
     running = MixtureSearch(model, task, shots, settings)
     try:

@@ -2,6 +2,6 @@
 
 from t2app.search.cross_entropy import CrossEntropy
 from t2app.search.scores import Score, scorer
-from t2app.search.search import MixtureSearch, by_neighbourhood, pick_shots
+from t2app.search.search import MixtureSearch, by_neighbourhood
 
-__all__ = ["CrossEntropy", "MixtureSearch", "Score", "by_neighbourhood", "pick_shots", "scorer"]
+__all__ = ["CrossEntropy", "MixtureSearch", "Score", "by_neighbourhood", "scorer"]

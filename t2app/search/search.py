@@ -1,6 +1,5 @@
 """The search for a mixture: points of the cross-entropy method as weights of the experts, scored on solved examples."""
 
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -25,12 +24,6 @@ _OTHERS = 4
 _SAMPLES, _SAMPLES_TEMPERATURE = 4, 0.5
 # The chance, of all other mixtures together, that one that is no better than the best of those alone is kept.
 _RISK = 0.025
-
-
-def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
-    """`count` of the task's examples to train on, always the same ones for a seed; all where there are fewer."""
-    examples = task.examples("train")
-    return random.Random(seed).sample(examples, min(count, len(examples)))
 
 
 def by_neighbourhood(scores: Mapping[Point, Score]) -> list[Point]:

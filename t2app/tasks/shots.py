@@ -1,13 +1,14 @@
-"""Somebody's own solved examples, as a task: what a search for a mixture goes by."""
+"""Solved examples that a search for a mixture goes by: some of a task's, or somebody's own as a task."""
 
 import json
+import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from t2app.categories import OTHER, OTHER_DESCRIPTION
 from t2app.tasks.numbers import last_number
-from t2app.tasks.task import Example
+from t2app.tasks.task import Example, Task
 
 _LEAST_NEW_TOKENS, _MOST_NEW_TOKENS = 16, 256
 
@@ -73,6 +74,12 @@ def shots_of_file(path: Path) -> Shots:
             expected = '{"prompt": "…", "answer": "…"}'
             raise ValueError(f"line {number} of {path} is no example; {expected} was expected") from None
     return Shots(path.stem, pairs)
+
+
+def pick_shots(task: Task, count: int, seed: int) -> list[Example]:
+    """`count` of the task's examples to train on, always the same ones for a seed; all where there are fewer."""
+    examples = task.examples("train")
+    return random.Random(seed).sample(examples, min(count, len(examples)))
 
 
 def _words(text: str) -> list[str]:

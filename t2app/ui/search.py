@@ -14,7 +14,7 @@ from t2app.mixtures import MixtureError, check_name, mixture_file, write_mixture
 from t2app.tasks.arithmetic import Arithmetic
 from t2app.tasks.puzzles import PUZZLES
 from t2app.tasks.reasoning import ReasoningBasics
-from t2app.tasks.shots import Shots
+from t2app.tasks.shots import Shots, pick_shots
 from t2app.ui.answer import dispatch_choices
 from t2app.ui.updates import failure, run_buttons
 
@@ -111,9 +111,6 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
 
 def _examples(task: str) -> tuple[list[list[str]], str]:
     """Solved examples of a task to train on."""
-    # Imported here: it brings torch along.
-    from t2app.search import pick_shots
-
     shots = pick_shots(_TASKS[task], _SHOTS, seed=0)
     return [
         [shot.prompt, shot.solution] for shot in shots
