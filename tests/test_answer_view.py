@@ -1,5 +1,8 @@
 """When the page is told of what: tokens that come close together are shown together, and none is lost."""
 
+import subprocess
+import sys
+
 import pytest
 
 from t2app.messages import Dispatched, Finished, Token, Waiting
@@ -70,3 +73,15 @@ def test_what_fails_shows_the_tokens_before_it(clock):
     view.event(Token("base", " b", 2, 0.11))
     update = shown(view.failed("⚠️ Something."))
     assert update["base"] == "A b" and update["status"] == "⚠️ Something."
+
+
+def test_page_is_imported_without_parsing_the_components_of_gradio():
+    program = """
+import inspect, sys
+own, parsed = inspect.getfile, []
+sys.setprofile(lambda frame, *_: parsed.append(frame) if frame.f_code.co_name == "create_pyi" else None)
+import t2app.ui
+sys.setprofile(None)
+sys.exit(bool(parsed) or inspect.getfile is not own)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

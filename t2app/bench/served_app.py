@@ -16,6 +16,8 @@ from gradio_client import Client
 
 from t2app.bench.memory import PeakMemory
 
+# After an answer, more than long enough for what is prepared while nobody asks for anything.
+IDLE_SECONDS = 15
 _START_LIMIT_SECONDS = 300
 _APP = Path(__file__).resolve().parent.parent.parent / "app.py"
 

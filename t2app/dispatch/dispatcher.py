@@ -52,7 +52,7 @@ class Dispatcher(ABC):
         """Decide in parts."""
 
     def speeding_up(self) -> Parts[None]:
-        """Prepare in parts what later decisions are faster with, and no different."""
+        """Prepare in parts what later decisions are faster with and, but for rounding, no different."""
         yield from ()
 
     def decide(self, prompt: str) -> Decision:
