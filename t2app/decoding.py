@@ -41,7 +41,7 @@ class Prefilled:
     Attributes:
         mixtures: z − 1 of every row, None for the base model.
         positions: of each row's next token.
-        logits: of that token, (rows, 1, vocabulary).
+        logits: of that token, (rows, 1, vocabulary), and of as many before it as `prefill` was asked for.
         context: what the rows have seen, which changes as they go on.
     """
 
@@ -229,6 +229,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     mixtures: Sequence[Deltas | None],
     prefix: Prefix | None = None,
+    logits_to_keep: int = 1,
 ) -> Prefilled:
     """Run prompts, each under its own mixture; with gradient to `mixtures`.
 
@@ -236,6 +237,7 @@ def prefill(
         prompts: token ids; rows of different lengths are padded on the left.
         mixtures: z − 1 of every prompt, None for the base model.
         prefix: what the prompts go on from; None finds what they begin with alike.
+        logits_to_keep: of how many of the last tokens there are to be logits, where only one prompt is run.
     """
     before = 0 if prefix is None else prefix.length
     positions = [before + len(prompt) for prompt in prompts]
@@ -253,7 +255,7 @@ def prefill(
         mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], dim=1)
     context = Context(cache, mask)
     with adapted.rows(mixtures):
-        logits = forward(adapted, ids, context)
+        logits = forward(adapted, ids, context, logits_to_keep=logits_to_keep)
     return Prefilled(adapted, mixtures, positions, logits, context)
 
 
@@ -370,11 +372,8 @@ def choice_log_probabilities(
         logs, mask = answer_log_probabilities(adapted, [prompt], [choices], [mixture], prefix=prefix)
         return (logs * mask).sum(1)
     # The longest goes on behind the prompt, in the same pass, and what precedes any other's last token is part of it.
-    ids = torch.tensor([[*prompt, *longest[:-1]]], device=device_of(adapted))
-    cache = GrowingCache(adapted.model.config) if prefix is None else prefix.cache_for([mixture])
-    with adapted.rows([mixture]):
-        logits = forward(adapted, ids, Context(cache, None), logits_to_keep=len(longest))
-    logs = logits[0].float().log_softmax(-1)  # (tokens of the longest, vocabulary)
+    prefilled = prefill(adapted, [[*prompt, *longest[:-1]]], [mixture], prefix, logits_to_keep=len(longest))
+    logs = prefilled.logits[0].float().log_softmax(-1)  # (tokens of the longest, vocabulary)
     return torch.stack([logs[range(len(choice)), choice].sum() for choice in choices])
 
 

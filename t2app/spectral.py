@@ -222,9 +222,11 @@ class SpectralLinear(nn.Module):
         rows = self.rows
         if rows is None:
             return self.base.edited_kernel(count, tokens)
-        if rows.count == count and rows.merged is not None:
+        if rows.count != count:
+            return None
+        if rows.merged is not None:
             return rows.merged.edited_kernel(count, tokens)
-        if rows.count != count or self.packed is None or not isinstance(rows.edited, slice):
+        if self.packed is None or not isinstance(rows.edited, slice):
             return None
         if self._has_factors(rows) and count * tokens >= _FACTOR_TOKENS:
             return None
