@@ -92,28 +92,36 @@ void multiply_panel(const float* x, const float* panel, int64_t k, float* result
   }
 }
 
+// The same for `rows` rows, of which there are kPanelRows at most.
+inline void multiply_panel_by(int64_t rows, const float* x, const float* panel, int64_t k, float* result,
+                              AskedInPassing& next) {
+  switch (rows) {
+    case 1: return multiply_panel<1>(x, panel, k, result, next);
+    case 2: return multiply_panel<2>(x, panel, k, result, next);
+    case 3: return multiply_panel<3>(x, panel, k, result, next);
+    case 4: return multiply_panel<4>(x, panel, k, result, next);
+    case 5: return multiply_panel<5>(x, panel, k, result, next);
+    case 6: return multiply_panel<6>(x, panel, k, result, next);
+  }
+}
+
 // Columns begin to end of x Wᵀ for x (rows, k) in even-first order and W (n, k); `store` takes a row, the first of some
 // columns that follow one another, how many they are, and their values.
 template <typename Store>
 void multiply_many(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
                    const Ahead& ahead, const Store& store) {
-  const int64_t tiles = std::max<int64_t>(rows / kPanelRows, 1), panel_bytes = kPanelColumns * k * sizeof(*weight);
+  // Of about one height: a panel is loaded once for a tile, so that one of two rows takes as long as one of four.
+  const int64_t tiles = (rows + kPanelRows - 1) / kPanelRows, panel_bytes = kPanelColumns * k * sizeof(*weight);
   Scratch<float> panel(k * kPanelColumns), results(rows * kPanelColumns);
   for (int64_t first = begin; first < end; first += kPanelColumns) {
     const int64_t columns = std::min(kPanelColumns, end - first), after = first + kPanelColumns;
     widen_panel(weight + first * k, columns, k, panel.data());
     const char* begin_of_next = after < end ? reinterpret_cast<const char*>(weight + after * k) : ahead.next();
     AskedInPassing next(begin_of_next, begin_of_next == nullptr ? 0 : panel_bytes, tiles * k / kBlock);
-    int64_t row = 0;
-    const auto some = [&]<int R>() {
-      for (; row + R <= rows; row += R) {
-        multiply_panel<R>(x + row * k, panel.data(), k, results.data() + row * kPanelColumns, next);
-      }
-    };
-    some.template operator()<kPanelRows>();
-    some.template operator()<4>();
-    some.template operator()<2>();
-    some.template operator()<1>();
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
+      multiply_panel_by(count, x + row * k, panel.data(), k, results.data() + row * kPanelColumns, next);
+    }
     for (int64_t r = 0; r < rows; ++r) store(r, first, columns, results.data() + r * kPanelColumns);
   }
 }
