@@ -24,6 +24,7 @@ from t2app.context import Context, Prefix, compute_prefix, device_of, distinct, 
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
 from t2app.spectral import Deltas, RowDeltas, SpectralModel
+from t2app.step_graphs import StepGraphs, recorder_for
 from t2app.vision import PictureInputs, picture_arguments, take_position_shift
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
@@ -86,14 +87,16 @@ class Batch:
 
     Args:
         eos_ids: token ids that end a row.
+        graphs: of this batch's steps; None records them where that can be.
     """
 
-    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int]):
+    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int], graphs: StepGraphs | None = None):
         self._adapted, self._stop = adapted, frozenset(eos_ids)
         self._rows: list[_Row] = []
         self._admitted = 0
         self._context: Context | None = None
         self._plan: dict[str, RowDeltas | None] = {}
+        self._graphs = graphs or StepGraphs(adapted, recorder_for(adapted))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -174,12 +177,11 @@ class Batch:
     def step(self) -> dict[int, int]:
         """Run the last token of every row; gives their next ones, by the rows' numbers."""
         device = device_of(self._adapted)
-        self._context.extend(1)
         ids = torch.tensor([[row.token] for row in self._rows], device=device)
         places = torch.tensor([[row.position] for row in self._rows], device=device)
         # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
         with self._adapted.using(self._plan):
-            logits = forward(self._adapted, ids, self._context, places)[:, -1]
+            logits = self._graphs.logits(ids, places, self._context)
         for row in self._rows:
             row.position += 1
         tokens, kept = self._choose(logits, self._rows)
@@ -211,12 +213,14 @@ class Batch:
             context, rows = self._context.joined(context, order, device), [rows[i] for i in order]
         self._plan = self._adapted.plan([row.mixture for row in rows])
         self._rows, self._context = rows, context
+        self._graphs.forget()
 
     def _keep(self, kept: Sequence[int]) -> None:
         """Go on with these of the rows."""
         if len(kept) == len(self._rows):
             return
         self._rows = [self._rows[i] for i in kept]
+        self._graphs.forget()
         if not kept:
             self._context, self._plan = None, {}
             return

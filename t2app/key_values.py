@@ -82,8 +82,19 @@ class GrowingLayer(DynamicLayer):
         if self._room is not None and length <= self._room[0].shape[-2]:
             self.hold(*self._room, length)
         else:
-            self.hold(_with_room(self.keys, length), _with_room(self.values, length), length)
+            self.hold(*(_with_room(seen, length, room_for(length)) for seen in self._views()), length)
         return self._room
+
+    @property
+    def room(self) -> int:
+        """For how many tokens more there is room."""
+        return 0 if self._room is None else self._room[0].shape[-2] - self._length
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens in all."""
+        length = self.get_seq_length()
+        if self.room < tokens - length:
+            self.hold(*(_with_room(seen, length, tokens - length) for seen in self._views()), length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, as tensors of their own."""
@@ -91,7 +102,7 @@ class GrowingLayer(DynamicLayer):
             super().batch_select_indices(indices)
             return
         length = self.get_seq_length()
-        self.hold(_with_room(self.keys, length, indices), _with_room(self.values, length, indices), length)
+        self.hold(*(_with_room(seen, length, room_for(length), indices) for seen in self._views()), length)
 
     def _views(self) -> tuple[Tensor | None, Tensor | None]:
         if self._room is not None and self._seen[0] is None:
@@ -109,10 +120,10 @@ def room_for(length: int) -> int:
     return max(_LEAST_ROOM, int(length * _ROOM_SHARE))
 
 
-def _with_room(tokens: Tensor, length: int, rows: Tensor | None = None) -> Tensor:
-    """A copy of all rows of `tokens` or of these, with room for `length` tokens and more."""
+def _with_room(tokens: Tensor, length: int, more: int, rows: Tensor | None = None) -> Tensor:
+    """A copy of all rows of `tokens` or of these, with room for `length` tokens and so many more."""
     count = len(tokens) if rows is None else len(rows)
-    room = tokens.new_empty(count, *tokens.shape[1:-2], length + room_for(length), tokens.shape[-1])
+    room = tokens.new_empty(count, *tokens.shape[1:-2], length + more, tokens.shape[-1])
     seen = room[..., : tokens.shape[-2], :]
     if rows is None:
         seen.copy_(tokens)

@@ -80,7 +80,7 @@ def test_every_call_of_a_stepper_is_a_step_of_both_rows(model):
     mixtures = [None, even_mixture(model)]
     step = stepper(model, mixtures, 2)
     steps = [step(), step()]
-    answers = collected(decode(model.adapted, [random_context()] * 2, mixtures, Sampling(8), ()))
+    answers = collected(decode(model.adapted, [random_context()] * 2, mixtures, Sampling(13), ()))
     assert [[tokens[row] for tokens in steps] for row in (0, 1)] == [answer[-2:] for answer in answers]
     with pytest.raises(StopIteration):
         step()

@@ -25,6 +25,7 @@ from t2app.decoding import collected, decode
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas
+from t2app.step_graphs import recorder_for
 
 # Answers of so many tokens to the context that it was made with: the token ids of every row.
 Way = Callable[[int], list[list[int]]]
@@ -49,7 +50,8 @@ def bench_decode(
     `both_over_base` is what a step with both costs of one without, and `lora_over_generate` what both answers cost of
     one where a LoRA gives the second. The other ratios tell how many times faster ours is than what stands after
     `over`, to the same context and of as many tokens. All ways take turns, so that a slow moment of the machine meets
-    each. `…_read` is what a token reads of weights; llama.cpp answers from the file as it is quantised, and as bf16.
+    each. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. `…_read` is what a token reads of weights;
+    llama.cpp answers from the file as it is quantised, and as bf16.
 
     Args:
         steps: how many are measured; tokens: of an answer; rounds: in how many every way answers once.
@@ -65,11 +67,19 @@ def decode_figures(
     model: Model, model_name: str, mixture: Deltas, steps: int, tokens: int, rounds: int
 ) -> Iterator[Figure]:
     """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
-    base, both = stepper(model, [None], 2 * steps), stepper(model, [None, mixture], 2 * steps)
-    pairs = [(step_seconds(base), step_seconds(both)) for _ in range(steps)]
-    yield figure_of("decode", "base_step", [1e3 * first for first, _ in pairs], "ms")
-    yield figure_of("decode", "both_step", [1e3 * second for _, second in pairs], "ms")
-    yield figure_of("decode", "both_over_base", [second / first for first, second in pairs], "ratio")
+    rows = {"base": [None], "both": [None, mixture]}
+    streams = {f"{name}_step": stepper(model, mixtures, 2 * steps) for name, mixtures in rows.items()}
+    if recorder_for(model.adapted) is not None:
+        for name, mixtures in rows.items():
+            streams[f"{name}_step_unrecorded"] = stepper(model, mixtures, 2 * steps, recorded=False)
+    times: dict[str, list[float]] = {name: [] for name in streams}
+    for _ in range(steps):
+        for name, step in streams.items():
+            times[name].append(step_seconds(step))
+    for name, values in times.items():
+        yield figure_of("decode", name, [1e3 * value for value in values], "ms")
+    pairs = zip(times["both_step"], times["base_step"], strict=True)
+    yield figure_of("decode", "both_over_base", [both / base for both, base in pairs], "ratio")
     if model.precision == FOUR_BIT:
         logging.getLogger(__name__).warning(
             "whole answers are not compared: in 4-bit no W' can be written into the weights; give --precision bf16"

@@ -1,11 +1,32 @@
-"""The memory of a process and of a GPU."""
+"""The memory of a process and of a GPU: how much is used, and how fast it is."""
 
 import threading
 
 import psutil
 import torch
 
+from t2app.bench.figure import seconds
+
 _PROBE_SECONDS = 0.002
+# Several times what the caches hold, and on a GPU enough for what it takes to ask for it not to count.
+_READ_BYTES = {"cpu": 2**28, "cuda": 2**32}
+
+
+class MemoryReading:
+    """How fast a device's memory is read: what it gives changes, on a virtual machine more than anywhere."""
+
+    def __init__(self, device: torch.device):
+        self._numbers = torch.ones(_READ_BYTES[device.type] // 4, device=device)
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._read()
+
+    def seconds_per_byte(self) -> float:
+        self._wait()
+        return seconds(self._read) / self._numbers.nbytes
+
+    def _read(self) -> None:
+        self._numbers.sum()
+        self._wait()
 
 
 def memory_in_use(process: psutil.Process | None = None) -> int:

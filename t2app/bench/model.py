@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.bench.memory import PeakMemory
-from t2app.bench.step import random_context, step_seconds, stepper
+from t2app.bench.memory import MemoryReading, PeakMemory
+from t2app.bench.step import random_context, step_seconds, stepper, weight_bytes
 from t2app.checkpoints import cache_folder, checkpoint_of
 from t2app.decoding import decode
 from t2app.messages import Sampling
@@ -32,8 +32,9 @@ def bench_model(model_name: str, precision: str) -> Iterator[Figure]:
 
     Every load is a process of its own. To prepare is to load with no basis and no kernel in the cache; the checkpoint
     is there, and converted. The cache that is used otherwise is left as it was. `first_token_seconds` is that of both
-    answers to a prompt of 64 tokens, without a first pass; the tokens of both count in `both_tokens_per_second`. Peaks
-    on a GPU are of what torch has allocated.
+    answers to a prompt of 64 tokens, without a first pass; the tokens of both count in `both_tokens_per_second`. Of a
+    step `…_bandwidth_share` is the time in which memory gives its weights at full speed. Peaks on a GPU are of what
+    torch has allocated.
     """
     yield from model_figures("model", model_name, precision)
 
@@ -52,8 +53,6 @@ def model_figures(bench: str, model_name: str, precision: str) -> Iterator[Figur
     yield figure_of(bench, "weights_mb", [_megabytes(model.adapted.model.parameters())], "MB")
     yield figure_of(bench, "bases_mb", [_megabytes(_base_tensors(model))], "MB")
     yield from _answer_figures(bench, model, _random_mixture(model))
-    if torch.cuda.is_available():
-        yield figure_of(bench, "answer_gpu_peak_mb", [torch.cuda.max_memory_allocated() / 1e6], "MB")
 
 
 def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figure]:
@@ -61,8 +60,13 @@ def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figur
     yield figure_of(bench, "first_token_seconds", first_tokens[1:], "s")
     ways = {"base": [None], "adapted": [mixture], "both": [None, mixture]}
     steps = {name: stepper(model, mixtures, 2 * _STEPS) for name, mixtures in ways.items()}
-    times = {name: [] for name in ways}
+    if torch.cuda.is_available():  # now: what is read of memory below is no answer's
+        yield figure_of(bench, "answer_gpu_peak_mb", [torch.cuda.max_memory_allocated() / 1e6], "MB")
+    memory = MemoryReading(model.adapted.model.device)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    reading = []
     for _ in range(_STEPS):
+        reading.append(memory.seconds_per_byte())
         for name, step in steps.items():
             times[name].append(step_seconds(step))
     for name, mixtures in ways.items():
@@ -70,6 +74,11 @@ def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figur
         yield figure_of(bench, f"{name}_tokens_per_second", rates, "tokens/s")
     pairs = zip(times["both"], times["base"], strict=True)
     yield figure_of(bench, "both_over_base", [both / base for both, base in pairs], "ratio")
+    yield figure_of(bench, "read_bandwidth", [1e-9 / value for value in reading], "GB/s")
+    read = weight_bytes(model)
+    for name, bytes_ in (("base", read.base), ("both", read.both)):
+        shares = [bytes_ * value / time for value, time in zip(reading, times[name], strict=True)]
+        yield figure_of(bench, f"{name}_bandwidth_share", shares, "ratio")
 
 
 class _Load(NamedTuple):

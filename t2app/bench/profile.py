@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import nn
 from torch.autograd.profiler import profile, record_function
 
-from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.figure import Figure, figure_of
+from t2app.bench.memory import MemoryReading
 from t2app.bench.step import even_mixture, step_seconds, stepper, weight_bytes
 from t2app.models import Model, load_model
 from t2app.spectral import SpectralLinear
 
-# Several times what a CPU's caches hold.
-_READ_NUMBERS = 64 * 2**20
 # What an operation is for, by the module that it runs in: the blocks' linear layers with their edits, all else of
 # attention (positions, keys and values among it), the output layer, and everything else in the model (norms,
 # activations, sums, the embedding). What runs outside of it chooses the token.
@@ -52,13 +50,12 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
     for name, bytes_ in (("blocks", read.blocks), ("head", read.head), ("bases", read.bases)):
         yield figure_of("profile", f"{name}_read", [bytes_ / 1e6], "MB")
     streams = {name: stepper(model, rows, 3 * steps) for name, rows in mixtures.items()}
-    numbers = torch.ones(_READ_NUMBERS)
-    numbers.sum()
+    memory = MemoryReading(model.adapted.model.device)
     reading: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in streams}
     by_kind: dict[str, list[dict[str, float]]] = {name: [] for name in streams}
     for _ in range(steps):
-        reading.append(seconds(numbers.sum) / numbers.nbytes)
+        reading.append(memory.seconds_per_byte())
         for name, step in streams.items():
             times[name].append(step_seconds(step))
             by_kind[name].append(times_by_kind(model, step))

@@ -7,14 +7,15 @@ from functools import partial
 import torch
 
 from t2app.bench.figure import seconds
-from t2app.decoding import decode
+from t2app.decoding import Batch
 from t2app.experts import mix
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas, SpectralLinear
+from t2app.step_graphs import StepGraphs
 
 _CONTEXT_TOKENS = 64
-_WARM_UP = 5
+_WARM_UP = 10  # as many as precede the recording of a step on a GPU, and it
 
 
 def even_mixture(model: Model) -> Deltas:
@@ -34,17 +35,20 @@ def random_context() -> list[int]:
     return torch.randint(100, 1000, (_CONTEXT_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def stepper(model: Model, mixtures: Sequence[Deltas | None], steps: int) -> Callable[[], object]:
-    """A decode of a row for each mixture whose every call is one step of `decode`; it can be called `steps` times.
+def stepper(model: Model, mixtures: Sequence[Deltas | None], steps: int, recorded: bool = True) -> Callable[[], object]:
+    """A batch with a row for each mixture, every call of which is a step; it can be called `steps` times.
 
     What comes before is done: the context is computed, and the first steps, which warm up.
+
+    Args:
+        recorded: whether steps are CUDA graphs where they can be.
     """
-    sampling = Sampling(1 + _WARM_UP + steps)
     # No token ends an answer: all rows go on to the last step.
-    stream = decode(model.adapted, [random_context()] * len(mixtures), mixtures, sampling, ())
-    for _ in range(1 + _WARM_UP):
-        next(stream)
-    return partial(next, stream)
+    batch = Batch(model.adapted, (), None if recorded else StepGraphs(model.adapted, None))
+    batch.admit([random_context()] * len(mixtures), mixtures, Sampling(1 + _WARM_UP + steps))
+    for _ in range(_WARM_UP):
+        batch.step()
+    return partial(next, batch.rest())
 
 
 def step_seconds(step: Callable[[], object]) -> float:

@@ -1,0 +1,180 @@
+"""Decoding steps that a GPU is told of once: as CUDA graphs.
+
+A step is a thousand small operations and more, most of which a GPU has done before Python asks for the next. Where the
+rows of a batch stay the same for a few steps, a step is recorded, and asked for as one from then on. What is recorded
+reads and writes the same memory each time, so the step is one over tensors that stay where they are: new keys and
+values are written to the place that a tensor tells, and attention is given the room behind them too, masked.
+
+A recording is used only where it gave what the same step gave before it; where it cannot be made, steps go on as they
+are on a CPU. This was not run on a GPU yet: the tests run all but the recording itself.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+from t2app.context import Context, device_of, forward
+from t2app.key_values import GrowingLayer
+from t2app.spectral import SpectralModel
+
+# Steps of the same rows before one is recorded. That takes as long as several steps, which rows that soon come or go do
+# not make up for.
+_STEPS_BEFORE = 8
+# A recorded step's room: for so many tokens at least, in all a number that attention takes a mask of without a copy.
+_LEAST_ROOM, _ROOM_UNIT = 128, 16
+# By how much of the largest logit a recorded step's may be others: bfloat16 rounds to a 256th.
+_TOLERANCE = 0.02
+
+# Gives the logits (rows, vocabulary) of the next step whenever it is called.
+Replay = Callable[[], Tensor]
+
+
+class FixedStep:
+    """A decoding step of the rows of a context as one over tensors that stay where they are.
+
+    The context is left as it is, but for what is written in the room behind its tokens.
+
+    Attributes:
+        ids: (rows, 1), the tokens that the next call of `run` takes in.
+    """
+
+    def __init__(self, adapted: SpectralModel, context: Context, ids: Tensor, places: Tensor):
+        self._adapted = adapted
+        layers = [_with_fixed_room(layer) for layer in context.cache.layers]
+        self.ids, self._places = ids.clone(), places.clone()
+        self._next = layers[0].cumulative_length.clone()[None]
+        # What attention sees, (rows, 1, 1, room): what the context does, and what is written here.
+        seen = torch.zeros(len(ids), 1, 1, layers[0].max_cache_len, dtype=torch.bool, device=ids.device)
+        tokens = context.cache.get_seq_length()
+        seen[..., :tokens] = True if context.mask is None else context.mask[:, None, None, :tokens].bool()
+        self._context = Context(Cache(layers=layers), seen)
+
+    def run(self) -> Tensor:
+        """The logits (rows, vocabulary) after `ids`, which this step's tensors take in."""
+        self._context.mask.index_fill_(-1, self._next, True)
+        logits = forward(self._adapted, self.ids, self._context, self._places)[:, -1]
+        self._move(1)
+        return logits
+
+    def rewind(self) -> None:
+        """Have the last step still to come."""
+        self._move(-1)
+        for layer in self._context.cache.layers:
+            layer.cumulative_length -= 1
+
+    def _move(self, tokens: int) -> None:
+        self._next += tokens
+        self._places += tokens
+
+
+class StepGraphs:
+    """The steps of a batch, recorded where the rows stay the same for long enough.
+
+    Args:
+        record: makes a step one that is replayed, and raises RuntimeError where it cannot; None to record nothing.
+    """
+
+    def __init__(self, adapted: SpectralModel, record: Callable[[FixedStep], Replay] | None):
+        self._adapted, self._record = adapted, record
+        self.forget()
+
+    def forget(self) -> None:
+        """Expect other rows, or another plan, from now on."""
+        self._steps = 0
+        self._replay: Replay | None = None
+        self._step: FixedStep | None = None
+
+    def logits(self, ids: Tensor, places: Tensor, context: Context) -> Tensor:
+        """Logits (rows, vocabulary) after `ids` (rows, 1) at these places, which the context takes in.
+
+        They are good until the next call.
+        """
+        layers = context.cache.layers
+        if self._replay is not None and layers[0].room == 0:
+            self.forget()
+        if self._record is not None and self._steps == _STEPS_BEFORE and _all_grow(context):
+            self._begin(ids, places, context)
+        self._steps += 1
+        context.extend(1)
+        if self._replay is None:
+            return forward(self._adapted, ids, context, places)[:, -1]
+        for layer in layers:
+            layer.extend(1)
+        self._step.ids.copy_(ids)
+        return self._replay()
+
+    def _begin(self, ids: Tensor, places: Tensor, context: Context) -> None:
+        for layer in context.cache.layers:
+            length = layer.get_seq_length() + _LEAST_ROOM
+            layer.reserve(length + -length % _ROOM_UNIT)
+        self._step = FixedStep(self._adapted, context, ids, places)
+        try:
+            self._replay = self._record(self._step)
+        except RuntimeError as error:
+            logging.getLogger(__name__).warning("decoding without CUDA graphs: %s", error)
+            self._record = self._step = None
+
+
+def recorder_for(adapted: SpectralModel) -> Callable[[FixedStep], Replay] | None:
+    """What records the steps of a model; None where that cannot be.
+
+    That is on a CPU, where parts of the model are elsewhere than on one GPU, and where its code waits for what the GPU
+    has computed, which transformers knows of each model.
+    """
+    model = adapted.model
+    if device_of(adapted).type != "cuda" or len({parameter.device for parameter in model.parameters()}) > 1:
+        return None
+    masked_by_bools = model.config.get_text_config()._attn_implementation == "sdpa"
+    return cuda_graph_of if model._can_compile_fullgraph and masked_by_bools else None
+
+
+def cuda_graph_of(step: FixedStep) -> Replay:
+    """A step as a CUDA graph.
+
+    Raises:
+        RuntimeError: it cannot be recorded, or the recording gave other logits than the step.
+    """
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    # Once beside the recording, since libraries make what they need in their first call.
+    with torch.cuda.stream(stream):
+        expected = step.run().float()
+    before.wait_stream(stream)
+    step.rewind()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads may use the GPU meanwhile, as one that loads a model.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            logits = step.run()
+    finally:
+        torch.cuda.set_stream(before)  # torch leaves the other one where recording fails
+    graph.replay()
+    step.rewind()
+    difference = (logits.float() - expected).abs().max() / expected.abs().max()
+    if not difference <= _TOLERANCE:
+        raise RuntimeError(f"a recorded step gave logits that were {difference:.0%} off")
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def _all_grow(context: Context) -> bool:
+    return all(isinstance(layer, GrowingLayer) for layer in context.cache.layers)
+
+
+def _with_fixed_room(layer: GrowingLayer) -> StaticLayer:
+    """A layer whose length is a tensor, in the room that `layer` has."""
+    keys, values = layer.extend(0)
+    for room in (keys, values):
+        room[..., layer.get_seq_length() :, :] = 0  # masked or not, it is multiplied
+    fixed = StaticLayer(keys.shape[-2])
+    fixed.keys, fixed.values, fixed.device = keys, values, keys.device
+    fixed.cumulative_length = torch.tensor(layer.get_seq_length(), device=keys.device)
+    fixed.is_initialized = True
+    return fixed
