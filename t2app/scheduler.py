@@ -32,8 +32,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from t2app.context import Beginnings, run_in_parts
-from t2app.decoding import Batch
+from t2app.decoding import Batch, Beginnings, run_in_parts
 from t2app.machine import memory_bytes
 from t2app.messages import Limits, Sampling, Waiting
 from t2app.parts import Parts, next_part
@@ -167,8 +166,8 @@ class Caller:
     ) -> Iterator[dict[int, int] | Waiting]:
         """Answer a prompt with a row for each mixture, in the batch of all callers.
 
-        Yields no token at first, when the prompt is begun; then the tokens of every step by row, as `decoding.decode`
-        does; and in between that others are served, while they are.
+        Yields no token at first, when the prompt is begun; then the tokens of every step by row, as `decode` does; and
+        in between that others are served, while they are.
 
         Raises:
             ValueError: so many rows and tokens never fit; see `Scheduler.most_tokens`.

@@ -6,8 +6,14 @@ from random_mixtures import random_deltas
 from scipy.stats import chisquare
 from torch import Tensor
 
-from t2app.context import compute_prefix
-from t2app.decoding import TextStream, answer_log_probabilities, choice_log_probabilities, collected, decode
+from t2app.decoding import (
+    TextStream,
+    answer_log_probabilities,
+    choice_log_probabilities,
+    collected,
+    compute_prefix,
+    decode,
+)
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas

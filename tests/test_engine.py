@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from t2app import context
 from t2app.categories import CLASSIFIER, LABELS, OTHER, OTHER_DESCRIPTION
 from t2app.cli.output import accuracy_tables
+from t2app.decoding import prefix
 from t2app.dispatch import PromptDispatch, make_dispatcher
 from t2app.dispatch.wordings import CALIBRATIONS
 from t2app.engine import Engine, PromptError
@@ -243,7 +243,7 @@ def test_long_prompt_is_decided_on_in_parts_as_it_is_without_a_break(real, monke
     while not (done := next_part(deciding))[0]:
         parts += 1
     assert parts > 2
-    monkeypatch.setitem(context._PART_TOKENS, "cpu", 10_000)
+    monkeypatch.setitem(prefix._PART_TOKENS, "cpu", 10_000)
     ended, expected = next_part(dispatcher.deciding(prompt))
     assert ended and done[1].probabilities == pytest.approx(expected.probabilities, abs=1e-4)
 

@@ -7,8 +7,8 @@ import torch
 from random_mixtures import random_deltas
 
 from t2app.decoding import Batch
+from t2app.decoding.step_graphs import FixedStep, Replay, StepGraphs, cuda_graph_of, recorder_for
 from t2app.messages import Sampling
-from t2app.step_graphs import FixedStep, Replay, StepGraphs, cuda_graph_of, recorder_for
 
 QUESTIONS = ("Compute 12 + 7. Reply with only the number.", "Why is the sky blue?")
 

@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 import torch
 
-from t2app.decoding import _PART_RATIO, _PART_TOKENS, parts_by_length
+from t2app.decoding.likelihood import _PART_RATIO, _PART_TOKENS, parts_by_length
 from t2app.experts import load_expert
 from t2app.models import load_model
 from t2app.spectral import SpectralModel, basis_of, block_linear_paths, linear_layer
@@ -390,8 +390,8 @@ def test_update_does_not_depend_on_how_it_is_cut_into_parts(tiny, tmp_path, monk
     settings = replace(SETTINGS, warm_start_steps=1, steps=1, prompts=8, advantage="plain")
     runs = []
     for tokens in (1, 100_000):
-        monkeypatch.setattr("t2app.decoding._PART_TOKENS", tokens)
-        monkeypatch.setattr("t2app.decoding._PART_RATIO", tokens)
+        monkeypatch.setattr("t2app.decoding.likelihood._PART_TOKENS", tokens)
+        monkeypatch.setattr("t2app.decoding.likelihood._PART_RATIO", tokens)
         trainer = Trainer(tiny, EvenLength(), settings, tmp_path / str(tokens), "even")
         list(trainer.run())
         runs.append(values(trainer))

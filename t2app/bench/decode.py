@@ -22,10 +22,10 @@ from t2app.bench.step import even_mixture, random_context, step_seconds, stepper
 from t2app.catalogue import FOUR_BIT
 from t2app.checkpoints import ModelError, gguf_of
 from t2app.decoding import collected, decode
+from t2app.decoding.step_graphs import recorder_for
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas
-from t2app.step_graphs import recorder_for
 
 # Answers of so many tokens to the context that it was made with: the token ids of every row.
 Way = Callable[[int], list[list[int]]]

@@ -8,11 +8,11 @@ import torch
 
 from t2app.bench.figure import seconds
 from t2app.decoding import Batch
+from t2app.decoding.step_graphs import StepGraphs
 from t2app.experts import mix
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas, SpectralLinear
-from t2app.step_graphs import StepGraphs
 
 _CONTEXT_TOKENS = 64
 _WARM_UP = 10  # as many as precede the recording of a step on a GPU, and it

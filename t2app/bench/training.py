@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from t2app.bench.composed import compose, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.bench.memory import PeakMemory, memory_in_use
-from t2app.context import Prefix
-from t2app.decoding import answer_log_probabilities, collected, decode
+from t2app.decoding import Prefix, answer_log_probabilities, collected, decode
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
 from t2app.models import Model, load_model

@@ -10,8 +10,7 @@ from dataclasses import replace
 import torch
 
 from t2app.categories import CLASSIFIER, LABELS, question
-from t2app.context import Prefix, compute_prefix, run_in_parts
-from t2app.decoding import choice_log_probabilities
+from t2app.decoding import Prefix, choice_log_probabilities, compute_prefix, run_in_parts
 from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.experts import mix

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from t2app.categories import OTHER, OTHER_DESCRIPTION
-from t2app.context import compute_prefix, run_in_parts
-from t2app.decoding import choice_log_probabilities
+from t2app.decoding import choice_log_probabilities, compute_prefix, run_in_parts
 from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for, softened
 from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS, Wording
 from t2app.messages import PROMPT, PROMPT_SOFT

@@ -4,9 +4,9 @@ import pytest
 import torch
 from random_mixtures import random_deltas
 
-from t2app import context
-from t2app.context import _MOST_KEPT_MIXTURES, Beginnings, Context, compute_prefix, forward
-from t2app.decoding import collected, decode
+from t2app.decoding import collected, decode, prefix
+from t2app.decoding.context import Context, forward
+from t2app.decoding.prefix import _MOST_KEPT_MIXTURES, Beginnings, compute_prefix
 from t2app.messages import Limits, Sampling
 from t2app.scheduler import Scheduler
 
@@ -80,7 +80,7 @@ def test_computation_that_failed_is_done_again(real, monkeypatch):
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-        patched.setattr(context, "forward", fails)
+        patched.setattr(prefix, "forward", fails)
         beginnings.prefix_of(prompt, [None])
     assert len(beginnings.prefix_of(prompt, [None]).cache_for([None])) > 0
 

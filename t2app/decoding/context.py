@@ -1,7 +1,4 @@
-"""What the rows of a batch have seen: running tokens in a context, and the beginnings of prompts that are kept.
-
-What prompts of one mixture begin with alike, as their chat template makes them, is computed once for all of them.
-"""
+"""What the rows of a batch have seen, and a pass that goes on from it."""
 
 import copy
 from collections.abc import Sequence
@@ -11,17 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from t2app.key_values import GrowingCache, GrowingLayer, room_for
-from t2app.parts import Parts
-from t2app.spectral import Deltas, SpectralModel, execution_device
-
-# Fewer tokens of a beginning are not worth keeping, and neither are more mixtures.
-_LEAST_KEPT_TOKENS = 8
-_MOST_KEPT_MIXTURES = 16
-# Tokens of a prompt, of all its rows together, that are run at a time, by where they are run. A CPU takes a third of a
-# second for so many of a 135M model, and is no faster with more (`bench products`).
-_PART_TOKENS = {"cpu": 256, "cuda": 4096}
+from t2app.key_values import GrowingLayer, room_for
+from t2app.spectral import SpectralModel, execution_device
 
 
 @dataclass
@@ -33,12 +23,12 @@ class Context:
         mask: (rows, tokens), 1 where there is a token; None where nothing is padded.
     """
 
-    cache: GrowingCache
+    cache: Cache
     mask: Tensor | None
 
     def copy(self) -> "Context":
         """The same for somebody else, who may go on from it in another way."""
-        cache = _copied(self.cache)
+        cache = copied(self.cache)
         for layer in cache.layers:
             if isinstance(layer, GrowingLayer):
                 layer.leave_room()
@@ -72,7 +62,7 @@ class Context:
 
         The tensors are new ones: where memory for them is lacking, both are left as they were.
         """
-        cache = _copied(self.cache)
+        cache = copied(self.cache)
         runs = _runs(order, len(self.cache.layers[0].keys))
         for layer, others in zip(cache.layers, other.cache.layers, strict=True):
             length = max(layer.keys.shape[2], others.keys.shape[2])
@@ -100,11 +90,11 @@ class Context:
         return torch.ones(len(self.cache.layers[0].keys), self._tokens, dtype=torch.long, device=device)
 
 
-def _copied(cache: GrowingCache) -> GrowingCache:
+def copied(cache: Cache) -> Cache:
     """A cache of the same tensors, whose layers can be given others."""
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    return copied
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 class _Run(NamedTuple):
@@ -145,7 +135,7 @@ def _stacked(first: Tensor, second: Tensor, runs: Sequence[_Run], dim: int, room
     return stacked
 
 
-def _trim(cache: GrowingCache, tokens: int) -> None:
+def _trim(cache: Cache, tokens: int) -> None:
     """Forget the first tokens of all rows."""
     for layer in cache.layers:
         seen = layer.get_seq_length() - tokens
@@ -185,114 +175,6 @@ def forward(
 def positions(mask: Tensor) -> Tensor:
     """Position of every token of a left-padded batch (rows, tokens): padding does not count."""
     return (mask.cumsum(1) - 1).clamp_min(0)
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What prompts begin with, computed once for every mixture that they are answered with.
-
-    Attributes:
-        length: in tokens.
-        mixtures: one for every row of `cache`.
-    """
-
-    length: int
-    mixtures: Sequence[Deltas | None]
-    cache: GrowingCache
-
-    def cache_for(self, mixtures: Sequence[Deltas | None]) -> GrowingCache:
-        """A cache of its own with a row for each of these mixtures, which must be among the prefix's."""
-        row_of = {id(mixture): row for row, mixture in enumerate(self.mixtures)}
-        rows = _copied(self.cache)
-        # Selecting makes new tensors, so the prefix's own are never written to.
-        rows.batch_select_indices(torch.tensor([row_of[id(mixture)] for mixture in mixtures]))
-        return rows
-
-    def joined(self, other: "Prefix") -> "Prefix":
-        """The same tokens for the mixtures of both."""
-        mixtures = [*self.mixtures, *other.mixtures]
-        context = Context(self.cache, None).joined(
-            Context(other.cache, None), range(len(mixtures)), torch.device("cpu")
-        )
-        return Prefix(self.length, mixtures, context.cache)
-
-
-def compute_prefix(
-    adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None], before: Prefix | None = None
-) -> Prefix:
-    """Run the tokens that prompts begin with, or go on with after `before`, once for each distinct mixture."""
-    mixtures = distinct(mixtures)
-    cache = GrowingCache(adapted.model.config) if before is None else before.cache_for(mixtures)
-    with adapted.rows(mixtures):
-        forward(adapted, torch.tensor([ids] * len(mixtures), device=device_of(adapted)), Context(cache, None))
-    return Prefix(len(ids) + (0 if before is None else before.length), mixtures, cache)
-
-
-def run_in_parts(
-    adapted: SpectralModel, ids: Sequence[int], mixtures: Sequence[Deltas | None], prefix: Prefix | None = None
-) -> Parts[tuple[Sequence[int], Prefix | None]]:
-    """Run all of a prompt but its end, without a gradient.
-
-    Args:
-        ids: what the prompt goes on with after `prefix`.
-
-    Returns:
-        the ids that are left, no more than a part, and the prefix that they go on from.
-    """
-    tokens = _PART_TOKENS.get(device_of(adapted).type, max(_PART_TOKENS.values()))
-    part = max(tokens // len(distinct(mixtures)), 1)
-    while len(ids) > part:
-        with torch.inference_mode():
-            prefix = compute_prefix(adapted, ids[:part], mixtures, prefix)
-        ids = ids[part:]
-        yield
-    return ids, prefix
-
-
-class Beginnings:
-    """What most prompts of a model begin with, kept as it was computed for the mixtures that were asked for last.
-
-    A prompt then costs what comes after it. The embedded model's chat template begins with some 25 tokens, a third of a
-    prompt of two sentences (`bench first-token`).
-
-    Args:
-        ids: token ids of the beginning; there may be none.
-    """
-
-    def __init__(self, adapted: SpectralModel, ids: Sequence[int]):
-        self._adapted, self._ids = adapted, list(ids)
-        self._prefix: Prefix | None = None
-        self._by_use: list[Deltas | None] = []  # the mixtures of the prefix, the one that was asked for last at the end
-
-    @torch.inference_mode()
-    def prefix_of(self, prompt: Sequence[int], mixtures: Sequence[Deltas | None]) -> Prefix | None:
-        """The prefix from which `prompt` goes on under any of these mixtures, computed for those that are new.
-
-        Two mixtures are the same if they are one object. None where the prompt begins otherwise, or with nothing worth
-        keeping.
-        """
-        length = len(self._ids)
-        if length < _LEAST_KEPT_TOKENS or len(prompt) <= length or list(prompt[:length]) != self._ids:
-            return None
-        asked = distinct(mixtures)
-        if new := [mixture for mixture in asked if not _among(mixture, self._by_use)]:
-            computed = compute_prefix(self._adapted, self._ids, new)
-            self._prefix = computed if self._prefix is None else self._prefix.joined(computed)
-        # Last, for where memory was lacking before: this list and the prefix hold the same mixtures.
-        self._by_use = [mixture for mixture in self._by_use if not _among(mixture, asked)] + asked
-        if len(self._by_use) > _MOST_KEPT_MIXTURES:
-            self._by_use = self._by_use[-max(_MOST_KEPT_MIXTURES, len(asked)) :]
-            self._prefix = Prefix(length, self._by_use, self._prefix.cache_for(self._by_use))
-        return self._prefix
-
-
-def _among(mixture: Deltas | None, mixtures: Sequence[Deltas | None]) -> bool:
-    return any(mixture is other for other in mixtures)
-
-
-def distinct(mixtures: Sequence[Deltas | None]) -> list[Deltas | None]:
-    """Each mixture once; two are the same if they are one object."""
-    return list({id(mixture): mixture for mixture in mixtures}.values())
 
 
 def device_of(adapted: SpectralModel) -> torch.device:

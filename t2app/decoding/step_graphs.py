@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from t2app.context import Context, device_of, forward
+from t2app.decoding.context import Context, device_of, forward
 from t2app.key_values import GrowingLayer
 from t2app.spectral import SpectralModel
 

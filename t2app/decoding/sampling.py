@@ -1,0 +1,56 @@
+"""Choosing the next tokens: the likeliest, or drawn by a generator of each row's own."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from t2app.messages import Sampling
+
+
+def next_tokens(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
+) -> list[int]:
+    """The next token of each row, from logits (rows, vocabulary); a row that is not greedy has a generator."""
+    alike: dict[tuple[float, float], list[int]] = defaultdict(list)
+    for i, sampling in enumerate(samplings):
+        alike[sampling.temperature, sampling.top_p].append(i)
+    tokens = [0] * len(samplings)
+    for (temperature, top_p), some in alike.items():
+        own = logits if len(some) == len(samplings) else logits[some]
+        chosen = _tokens_at(temperature, top_p, own, [generators[i] for i in some])
+        for i, token in zip(some, chosen, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _tokens_at(temperature: float, top_p: float, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+    """`next_tokens` of rows that are sampled alike: greedy, or drawn after transformers' own warpers."""
+    if temperature == 0:
+        # Of `argmax` torch has no quick way in bfloat16 on a CPU: it takes five times as long.
+        return logits.max(-1).indices.tolist()
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    scores = warpers(None, logits.float())
+    return torch.stack([_drawn(own, generator) for own, generator in zip(scores, generators, strict=True)]).tolist()
+
+
+def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the tokens that `scores` (vocabulary,) are the logits of, as a tensor ().
+
+    Every token draws the time that it takes, exponentially distributed with its probability as the rate, and the first
+    one is it. That is `torch.multinomial`'s way too, whose times are drawn one after another and take much longer. By
+    one number for all tokens, roundings of what precedes a token would change what is drawn.
+    """
+    probabilities = scores.softmax(-1)
+    times = torch.empty_like(probabilities).uniform_(torch.finfo(probabilities.dtype).tiny, 1, generator=generator)
+    return (probabilities / times.log_().neg_()).argmax()
