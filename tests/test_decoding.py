@@ -5,6 +5,7 @@ import torch
 from random_mixtures import random_deltas
 from scipy.stats import chisquare
 from torch import Tensor
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from t2app.decoding import (
     TextStream,
@@ -14,6 +15,7 @@ from t2app.decoding import (
     compute_prefix,
     decode,
 )
+from t2app.decoding.sampling import nucleus
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.spectral import Deltas
@@ -79,6 +81,15 @@ def test_sampled_tokens_follow_the_distribution_that_generate_draws_from(real, p
     common, rest = order[:8], order[8:]
     counts, means = ([*of[common].tolist(), of[rest].sum().item()] for of in (found, expected))
     assert min(means) > 5 and chisquare(counts, means).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
+def test_top_p_keeps_the_tokens_that_transformers_keeps(plain, prompts, temperature, top_p):
+    scores = torch.cat([plain(torch.tensor([prompt])).logits[0] for prompt in prompts[:2]]).detach() / temperature
+    kept, expected = nucleus(scores, top_p), TopPLogitsWarper(top_p)(None, scores)
+    assert torch.equal(kept.isinf(), expected.isinf())
+    assert torch.equal(kept, expected)
 
 
 def test_rows_stop_on_their_own_at_their_end_of_turn(real, prompts):

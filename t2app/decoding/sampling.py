@@ -5,13 +5,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from t2app.messages import Sampling
+
+# The nucleus is mostly among so many tokens.
+_LIKELIEST = 512
 
 
 def next_tokens(
@@ -30,18 +29,32 @@ def next_tokens(
     return tokens
 
 
-def _tokens_at(temperature: float, top_p: float, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """`next_tokens` of rows that are sampled alike: greedy, or drawn after transformers' own warpers."""
+def _tokens_at(
+    temperature: float, top_p: float, logits: Tensor, generators: Sequence[torch.Generator | None]
+) -> list[int]:
+    """`next_tokens` of rows that are sampled alike: greedy, or drawn."""
     if temperature == 0:
         # Of `argmax` torch has no quick way in bfloat16 on a CPU: it takes five times as long.
         return logits.max(-1).indices.tolist()
-    warpers = LogitsProcessorList()
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(temperature))
+    scores = logits.float() / temperature
     if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    scores = warpers(None, logits.float())
+        scores = nucleus(scores, top_p)
     return torch.stack([_drawn(own, generator) for own, generator in zip(scores, generators, strict=True)]).tolist()
+
+
+def nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Scores (rows, vocabulary) of the likeliest tokens that have a probability of `top_p` together; of the others −∞.
+
+    transformers' warper sorts the whole vocabulary, which takes a CPU 6 ms for two rows of 49,152 tokens. It is left
+    the rows in which so many are needed.
+    """
+    likeliest = scores.topk(min(_LIKELIEST, scores.shape[-1]))  # values and indices, (rows, those), by falling score
+    probabilities = (likeliest.values - scores.logsumexp(-1, keepdim=True)).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    if bool((before[:, -1] < top_p).any()):
+        return TopPLogitsWarper(top_p)(None, scores)
+    kept = likeliest.values.masked_fill(before >= top_p, -torch.inf)
+    return torch.full_like(scores, -torch.inf).scatter(-1, likeliest.indices, kept)
 
 
 def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:
