@@ -26,13 +26,13 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
 from t2app.decoding import Batch, Beginnings, run_in_parts
+from t2app.fair_queue import FairQueue
 from t2app.machine import memory_bytes
 from t2app.messages import Limits, Sampling, Waiting
 from t2app.parts import Parts, next_part
@@ -56,44 +56,6 @@ _T = TypeVar("_T")
 
 class EngineError(ValueError):
     """The engine cannot answer now; the message is for the person who asked."""
-
-
-class FairQueue(Generic[_T]):
-    """Items of several users: a user's own in their order, one of each user in turn."""
-
-    def __init__(self):
-        # In the order of their turns; a user without an item is not in it.
-        self._of_user: dict[Hashable, deque[_T]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._of_user)
-
-    def __iter__(self) -> Iterator[_T]:
-        return chain.from_iterable(self._of_user.values())
-
-    def push(self, user: Hashable, item: _T) -> None:
-        self._of_user.setdefault(user, deque()).append(item)
-
-    def first(self) -> _T:
-        """The item whose turn it is."""
-        return next(iter(self._of_user.values()))[0]
-
-    def pop(self) -> _T:
-        """Take the item whose turn it is; its user's next one comes after everybody else's."""
-        user = next(iter(self._of_user))
-        items = self._of_user.pop(user)
-        item = items.popleft()
-        if items:
-            self._of_user[user] = items
-        return item
-
-    def remove(self, user: Hashable, item: _T) -> None:
-        """Take an item out of turn, if it is still there."""
-        items = self._of_user.get(user, ())
-        if item in items:
-            items.remove(item)
-            if not items:
-                del self._of_user[user]
 
 
 @dataclass(eq=False)

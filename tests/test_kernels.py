@@ -25,8 +25,9 @@ from t2app.kernels.attention import fast_attention
 from t2app.kernels.build import INSTRUCTIONS, compiled_for, compiler_command
 from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL, MANY_ROWS
 from t2app.key_values import GrowingCache
+from t2app.layer_paths import block_linear_paths
 from t2app.products import edited
-from t2app.spectral import SpectralModel, basis_of, block_linear_paths
+from t2app.spectral import SpectralModel, basis_of
 
 SHAPES = [(1536, 576), (576, 1536), (192, 576), (41, 48), (7, 48), (5, 30)]
 

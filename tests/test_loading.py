@@ -24,10 +24,11 @@ from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.families import random_model
 from t2app.kernels import pack_vectors, use_kernels
+from t2app.layer_paths import block_linear_paths
 from t2app.machine import fits, memory_bytes
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
-from t2app.spectral import Deltas, SpectralModel, basis_of, block_linear_paths, linear_layer
+from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
 from t2app.tasks.registry import task_named
 from t2app.weights import CheckpointWeights, WeightsError
 

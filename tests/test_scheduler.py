@@ -21,11 +21,12 @@ from transformers import MistralConfig
 from t2app.decoding import Batch, collected, decode
 from t2app.dispatch import Decision, Dispatcher
 from t2app.engine import Engine, EngineError, PromptError
+from t2app.fair_queue import FairQueue
 from t2app.families import random_model
 from t2app.messages import MANUAL, Finished, Limits, Sampling, Token, Waiting
 from t2app.models import Model
 from t2app.parts import Parts
-from t2app.scheduler import FairQueue, Scheduler, cache_bytes_per_token, leave_cores
+from t2app.scheduler import Scheduler, cache_bytes_per_token, leave_cores
 from t2app.spectral import Deltas, SpectralModel
 
 QUESTIONS = (
