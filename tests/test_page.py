@@ -269,8 +269,8 @@ def test_search_without_examples_gets_a_sentence(page):
 
 def test_prompt_that_is_refused_leaves_the_answers_before_it(page):
     ask(page, SUM)
-    expect(page.locator("#adapted-statistics")).to_contain_text("tokens/s")
     wait_until_finished(page)
+    expect(page.locator("#adapted-statistics")).to_contain_text("tokens/s")
     before = text(page, "adapted"), text(page, "base")
     ask(page, "   ")
     expect(page.locator("#status")).to_contain_text("Type a prompt first.")
