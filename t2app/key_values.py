@@ -82,7 +82,7 @@ class GrowingLayer(DynamicLayer):
         if self._room is not None and length <= self._room[0].shape[-2]:
             self.hold(*self._room, length)
         else:
-            self.hold(*(_with_room(seen, length, room_for(length)) for seen in self._views()), length)
+            self._copy(length, room_for(length))
         return self._room
 
     @property
@@ -94,7 +94,7 @@ class GrowingLayer(DynamicLayer):
         """Have room for so many tokens in all."""
         length = self.get_seq_length()
         if self.room < tokens - length:
-            self.hold(*(_with_room(seen, length, tokens - length) for seen in self._views()), length)
+            self._copy(length, tokens - length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, as tensors of their own."""
@@ -102,7 +102,11 @@ class GrowingLayer(DynamicLayer):
             super().batch_select_indices(indices)
             return
         length = self.get_seq_length()
-        self.hold(*(_with_room(seen, length, room_for(length), indices) for seen in self._views()), length)
+        self._copy(length, room_for(length), indices)
+
+    def _copy(self, length: int, more: int, rows: Tensor | None = None) -> None:
+        """Have seen `length` tokens of all rows or of these, in tensors of its own with room for so many more."""
+        self.hold(*(_with_room(seen, length, more, rows) for seen in self._views()), length)
 
     def _views(self) -> tuple[Tensor | None, Tensor | None]:
         if self._room is not None and self._seen[0] is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from t2app.bench.composed import ComposedWeights
-from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.generate import LoraBeside, generate, generate_composed, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
 from t2app.bench.step import even_mixture, random_context, step_seconds, stepper, weight_bytes
@@ -72,10 +72,7 @@ def decode_figures(
     if recorder_for(model.adapted) is not None:
         for name, mixtures in rows.items():
             streams[f"{name}_step_unrecorded"] = stepper(model, mixtures, 2 * steps, recorded=False)
-    times: dict[str, list[float]] = {name: [] for name in streams}
-    for _ in range(steps):
-        for name, step in streams.items():
-            times[name].append(step_seconds(step))
+    times = in_turns({name: partial(step_seconds, step) for name, step in streams.items()}, steps)
     for name, values in times.items():
         yield figure_of("decode", name, [1e3 * value for value in values], "ms")
     pairs = zip(times["both_step"], times["base_step"], strict=True)
@@ -144,11 +141,7 @@ def _times(ways: Mapping[str, Way], tokens: int, rounds: int) -> dict[str, list[
     """Seconds of every way's answers, a value a round."""
     for way in ways.values():
         way(_WARM_UP_TOKENS)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            times[name].append(seconds(partial(way, tokens)))
-    return times
+    return in_turns({name: partial(seconds, partial(way, tokens)) for name, way in ways.items()}, rounds)
 
 
 def _answer_figures(times: Mapping[str, list[float]], read: Mapping[str, int], tokens: int) -> Iterator[Figure]:

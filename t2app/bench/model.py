@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t2app.bench.figure import Figure, figure_of, seconds
+from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.memory import MemoryReading, PeakMemory
 from t2app.bench.step import random_context, step_seconds, stepper, weight_bytes
 from t2app.checkpoints import cache_folder, checkpoint_of
@@ -62,22 +62,17 @@ def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figur
     steps = {name: stepper(model, mixtures, 2 * _STEPS) for name, mixtures in ways.items()}
     if torch.cuda.is_available():  # now: what is read of memory below is no answer's
         yield figure_of(bench, "answer_gpu_peak_mb", [torch.cuda.max_memory_allocated() / 1e6], "MB")
-    memory = MemoryReading(model.adapted.model.device)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    reading = []
-    for _ in range(_STEPS):
-        reading.append(memory.seconds_per_byte())
-        for name, step in steps.items():
-            times[name].append(step_seconds(step))
+    reading = MemoryReading(model.adapted.model.device).seconds_per_byte
+    times = in_turns({"byte": reading} | {name: partial(step_seconds, step) for name, step in steps.items()}, _STEPS)
     for name, mixtures in ways.items():
         rates = [len(mixtures) / time for time in times[name]]
         yield figure_of(bench, f"{name}_tokens_per_second", rates, "tokens/s")
     pairs = zip(times["both"], times["base"], strict=True)
     yield figure_of(bench, "both_over_base", [both / base for both, base in pairs], "ratio")
-    yield figure_of(bench, "read_bandwidth", [1e-9 / value for value in reading], "GB/s")
+    yield figure_of(bench, "read_bandwidth", [1e-9 / value for value in times["byte"]], "GB/s")
     read = weight_bytes(model)
     for name, bytes_ in (("base", read.base), ("both", read.both)):
-        shares = [bytes_ * value / time for value, time in zip(reading, times[name], strict=True)]
+        shares = [bytes_ * value / time for value, time in zip(times["byte"], times[name], strict=True)]
         yield figure_of(bench, f"{name}_bandwidth_share", shares, "ratio")
 
 

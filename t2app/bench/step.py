@@ -15,7 +15,7 @@ from t2app.models import Model
 from t2app.spectral import Deltas, SpectralLinear
 
 _CONTEXT_TOKENS = 64
-_WARM_UP = 10  # as many as precede the recording of a step on a GPU, and it
+_WARM_UP = 10  # more than precede the recording of a step on a GPU
 
 
 def even_mixture(model: Model) -> Deltas:

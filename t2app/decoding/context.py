@@ -78,13 +78,14 @@ class Context:
                 layer.cumulative_length = max(layer.get_seq_length(), others.get_seq_length())
         if self.mask is None and other.mask is None and self._tokens == other._tokens:
             return Context(cache, None)
-        return Context(cache, _stacked(self._whole_mask(device), other._whole_mask(device), runs, dim=1))
+        return Context(cache, _stacked(self.whole_mask(device), other.whole_mask(device), runs, dim=1))
 
     @property
     def _tokens(self) -> int:
         return self.cache.get_seq_length()
 
-    def _whole_mask(self, device: torch.device) -> Tensor:
+    def whole_mask(self, device: torch.device) -> Tensor:
+        """The mask, of ones where nothing is padded."""
         if self.mask is not None:
             return self.mask
         return torch.ones(len(self.cache.layers[0].keys), self._tokens, dtype=torch.long, device=device)

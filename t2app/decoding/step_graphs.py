@@ -45,29 +45,25 @@ class FixedStep:
         self._adapted = adapted
         layers = [_with_fixed_room(layer) for layer in context.cache.layers]
         self.ids, self._places = ids.clone(), places.clone()
-        self._next = layers[0].cumulative_length.clone()[None]
         # What attention sees, (rows, 1, 1, room): what the context does, and what is written here.
         seen = torch.zeros(len(ids), 1, 1, layers[0].max_cache_len, dtype=torch.bool, device=ids.device)
-        tokens = context.cache.get_seq_length()
-        seen[..., :tokens] = True if context.mask is None else context.mask[:, None, None, :tokens].bool()
+        mask = context.whole_mask(ids.device)
+        seen[..., : mask.shape[1]] = mask[:, None, None].bool()
         self._context = Context(Cache(layers=layers), seen)
 
     def run(self) -> Tensor:
         """The logits (rows, vocabulary) after `ids`, which this step's tensors take in."""
-        self._context.mask.index_fill_(-1, self._next, True)
+        length = self._context.cache.layers[0].cumulative_length
+        self._context.mask.index_fill_(-1, length[None], True)
         logits = forward(self._adapted, self.ids, self._context, self._places)[:, -1]
-        self._move(1)
+        self._places += 1
         return logits
 
     def rewind(self) -> None:
         """Have the last step still to come."""
-        self._move(-1)
+        self._places -= 1
         for layer in self._context.cache.layers:
             layer.cumulative_length -= 1
-
-    def _move(self, tokens: int) -> None:
-        self._next += tokens
-        self._places += tokens
 
 
 class StepGraphs:
