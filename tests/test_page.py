@@ -19,8 +19,9 @@ SUM = "Compute 12 + 7. Reply with only the number."
 LONG = "Write a long story about a fox that learns to count."
 STREAMS = ("adapted", "base")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-# A CPU that also runs the browser is slow; nothing here waits this long unless something is wrong.
+# A CPU that also runs the browser, and other tests, is slow; nothing here waits this long unless something is wrong.
 PATIENCE_MS = 120_000
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def page(url: str, browser: Browser) -> Iterator[Page]:
     opened = browser.new_page(viewport={"width": 1280, "height": 1000})
     opened.set_default_timeout(PATIENCE_MS)
     opened.goto(url)
-    expect(opened.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+    expect(opened.locator("#status")).to_contain_text("Ready")
     yield opened
     opened.close()
 
@@ -82,9 +83,9 @@ def watch(page: Page, stream: str) -> None:
 
 
 def wait_until_finished(page: Page) -> None:
-    page.wait_for_function("window.begun", timeout=PATIENCE_MS)
-    expect(page.locator("#stop")).to_be_disabled(timeout=PATIENCE_MS)
-    expect(page.locator("#answer")).to_be_enabled(timeout=PATIENCE_MS)
+    page.wait_for_function("window.begun")
+    expect(page.locator("#stop")).to_be_disabled()
+    expect(page.locator("#answer")).to_be_enabled()
 
 
 def set_setting(page: Page, label: str, value: str) -> None:
@@ -223,11 +224,11 @@ def test_search_is_watched_kept_and_then_decides_the_answers(page):
         page.get_by_role("tab", name="Search a mixture").click()
         type_example(page, "What is 2 + 3?", "5")
         search_by_name(page, name)
-        expect(page.locator("#search-status")).to_contain_text("Round 1", timeout=PATIENCE_MS)
+        expect(page.locator("#search-status")).to_contain_text("Round 1")
         page.locator("#search-stop").click()
         status = page.locator("#search-status")
-        expect(status).to_contain_text("Trying the best again", timeout=PATIENCE_MS)
-        expect(status).to_contain_text(f"Kept as {name}", timeout=PATIENCE_MS)
+        expect(status).to_contain_text("Trying the best again")
+        expect(status).to_contain_text(f"Kept as {name}")
         found = read_mixture(kept)
         assert len(found.trace) < 8, "it went on to its last round"
         again = found.reevaluated
@@ -281,7 +282,7 @@ def test_prompt_that_is_refused_leaves_the_answers_before_it(page):
 def test_phone_shows_the_whole_page_without_scrolling_sideways(url, browser, theme):
     phone = browser.new_page(viewport={"width": 390, "height": 844})
     phone.goto(f"{url}?__theme={theme}")
-    expect(phone.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+    expect(phone.locator("#status")).to_contain_text("Ready")
     ask(phone, SUM)
     wait_until_finished(phone)
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
@@ -323,14 +324,14 @@ def test_another_model_is_chosen_and_brings_its_own_experts(browser, tiny_folder
         opened.set_default_timeout(PATIENCE_MS)
         opened.goto(app.url)
         status, weight = opened.locator("#status"), opened.locator("#weight-math")
-        expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(status).to_contain_text("Ready")
         expect(weight).not_to_be_visible()
         ask(opened, SUM)
         wait_until_finished(opened)
         assert text(opened, "base") == text(opened, "adapted")
         choose_model(opened, "SmolLM2-135M-Instruct")
-        expect(opened.locator("#base")).to_be_empty(timeout=PATIENCE_MS)
-        expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(opened.locator("#base")).to_be_empty()
+        expect(status).to_contain_text("Ready")
         expect(weight).to_be_visible()
         ask(opened, SUM)
         expect(status).to_contain_text("Detected task: math")
@@ -338,9 +339,9 @@ def test_another_model_is_chosen_and_brings_its_own_experts(browser, tiny_folder
         assert "19" in text(opened, "adapted")
         folder.rename(folder.with_name("away"))
         choose_model(opened, "small-random")
-        expect(status).to_contain_text("⚠️ The model could not be loaded: the model", timeout=PATIENCE_MS)
+        expect(status).to_contain_text("⚠️ The model could not be loaded: the model")
         choose_model(opened, "SmolLM2-135M-Instruct")
-        expect(status).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(status).to_contain_text("Ready")
         ask(opened, SUM)
         wait_until_finished(opened)
         assert "19" in text(opened, "adapted")
@@ -357,7 +358,7 @@ def test_picture_beside_the_prompt_is_answered_and_a_file_that_is_none_gets_a_se
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(PATIENCE_MS)
         page.goto(app.url)
-        expect(page.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(page.locator("#status")).to_contain_text("Ready")
         set_setting(page, "number input for Max new tokens", "8")
         answers = []
         for file in (None, red):
@@ -371,7 +372,7 @@ def test_picture_beside_the_prompt_is_answered_and_a_file_that_is_none_gets_a_se
             assert text(page, "adapted") == answers[-1]
         assert answers[0] != answers[1]
         page.reload()
-        expect(page.locator("#status")).to_contain_text("Ready", timeout=PATIENCE_MS)
+        expect(page.locator("#status")).to_contain_text("Ready")
         page.locator("#picture input[type=file]").set_input_files(text_file)
         expect(page.locator("#picture img")).to_be_attached()
         ask(page, "What is in this picture?")
