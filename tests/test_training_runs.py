@@ -90,6 +90,9 @@ def killed(start, tmp_path_factory) -> Path:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        if (out / "checkpoint.pt").exists():
+            done = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+            assert done in [row["step"] for row in logged(out)], "the run goes on behind a step that was not logged"
         # As if the kill had come in the middle of a line.
         with open(out / "log.jsonl", "a") as log:
             log.write('{"step": 9')

@@ -133,12 +133,14 @@ class Trainer:
                 accuracy = self._validate(self._mixture())
             seconds = time.perf_counter() - started
             self.seconds += seconds
+            # Before the checkpoint: a run that is killed between the two does the step, and logs it, again.
+            logged = self._logged(replace(step, seconds=seconds, validation=accuracy))
             if accuracy is not None:
                 if accuracy > self.best:
                     self.best = accuracy
                     self._save_best()
                 self._save_checkpoint()
-            yield self._logged(replace(step, seconds=seconds, validation=accuracy))
+            yield logged
 
     def best_mixture(self) -> Mapping[str, Tensor] | None:
         """The best so far as it was written, as a mixture of the model's rows."""
