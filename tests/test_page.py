@@ -83,7 +83,7 @@ def watch(page: Page, stream: str) -> None:
 
 
 def wait_until_finished(page: Page) -> None:
-    page.wait_for_function("window.begun")
+    page.wait_for_function("window.begun", timeout=PATIENCE_MS)
     expect(page.locator("#stop")).to_be_disabled()
     expect(page.locator("#answer")).to_be_enabled()
 
