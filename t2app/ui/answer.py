@@ -4,6 +4,7 @@ Which dispatch decides is the choice in the settings, and nowhere else: moving a
 under the sliders gives the choice back.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,10 +184,16 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         concurrency_limit=_ANSWERS_AT_A_TIME,
     )
     stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
+    # Chosen in the browser: a prompt sent right after a slider was moved would be on its way before a server's reply.
     for slider in sliders.values():
-        slider.input(lambda: MANUAL, outputs=dispatch, queue=False, api_visibility="private")
-    give_back.click(lambda: DEFAULT_DISPATCH, outputs=dispatch, queue=False, api_visibility="private")
+        slider.input(js=_constant(MANUAL), outputs=dispatch)
+    give_back.click(js=_constant(DEFAULT_DISPATCH), outputs=dispatch)
     return AnswerTab(picture_place, status, facts, dispatch, bars, sliders, answers)
+
+
+def _constant(value: str) -> str:
+    """The JavaScript of a handler that gives `value`."""
+    return f"() => {json.dumps(value)}"
 
 
 def _experts(pool: str) -> list[str]:
