@@ -33,13 +33,16 @@ def start(script: str, **environment: str) -> subprocess.Popen:
 
 
 def test_two_processes_that_start_in_an_empty_cache_make_one_whole_model(tmp_path, monkeypatch, real):
-    script = "from t2app.models import load_model; print(load_model().identity.fingerprint)"
+    # The singular vectors of one block are a race as much as those of thirty.
+    load = "load_model(layers=lambda path: '.0.' in path)"
+    script = f"from t2app.models import load_model; print({load}.identity.fingerprint)"
     processes = [start(script, T2_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for process in processes:
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert output.strip() == real.identity.fingerprint
     assert not list(tmp_path.rglob("*.partial"))
+    assert any((tmp_path / "bases").rglob("*.safetensors"))
     entry = CATALOGUE[DEFAULT_MODEL]
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == [
         f"{DEFAULT_MODEL}-{entry.file.sha256[:16]}"
