@@ -47,12 +47,11 @@ def browser() -> Iterator[Browser]:
 @contextmanager
 def opened_page(browser: Browser, url: str, width: int = 1280, height: int = 1000) -> Iterator[Page]:
     """The page, opened anew in a window of so many pixels, with its model loaded."""
-    page = browser.new_page(viewport={"width": width, "height": height})
-    page.set_default_timeout(PATIENCE_MS)
-    page.goto(url)
-    expect(page.locator("#status")).to_contain_text("Ready")
-    yield page
-    page.close()
+    with browser.new_page(viewport={"width": width, "height": height}) as page:
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(url)
+        expect(page.locator("#status")).to_contain_text("Ready")
+        yield page
 
 
 @pytest.fixture
