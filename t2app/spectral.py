@@ -21,18 +21,18 @@ from typing import NamedTuple
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import align_module_device
-from torch import ScriptObject, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2app.kernels import (
-    EditedKernel,
+    EditedLayer,
     FastLinear,
+    RowEdit,
     edits_fast,
     has_fast_linears,
     integers_in_order,
     needs_gradient,
     pack_vectors,
-    row_edit,
 )
 from t2app.parts import Parts
 from t2app.products import edited, has_products_of_many_rows
@@ -121,7 +121,7 @@ class RowDeltas:
     edited: slice | Tensor
     delta: Tensor
     merged: FastLinear | None = None
-    kernel: ScriptObject | None = None
+    kernel: RowEdit | None = None
 
     @property
     def edits_all(self) -> bool:
@@ -205,14 +205,14 @@ class SpectralLinear(nn.Module):
         if rows.merged is not None:
             return rows.merged(x)
         if not needs_gradient(x, rows.delta) and (edited_kernel := self.edited_kernel(*x.shape[:2])) is not None:
-            return edited_kernel.kernel.forward(x, edited_kernel.edit)
+            return edited_kernel.layer(x, edited_kernel.edit)
         if self._has_factors(rows):
             return self.by_factors(x, rows.delta)
         if self.edits_input:
             return self.base(self._edited(x, rows))
         return self._edited(self.base(x), rows, self.bias)
 
-    def edited_kernel(self, count: int, tokens: int) -> EditedKernel | None:
+    def edited_kernel(self, count: int, tokens: int) -> EditedLayer | None:
         """What the layer is now for so many tokens of each of `count` rows, without a gradient.
 
         None where no kernel is, where the factors are faster, and where the plan is for another batch.
@@ -231,7 +231,7 @@ class SpectralLinear(nn.Module):
         if self._has_factors(rows) and count * tokens >= _FACTOR_TOKENS:
             return None
         kernel = self.base.kernel_for(count * tokens)
-        return None if kernel is None else EditedKernel(kernel, self._edit_kernel(rows))
+        return None if kernel is None else EditedLayer(kernel, self._edit_kernel(rows))
 
     def merge(self, delta: Tensor) -> None:
         """Keep the weight of z − 1 (rank,) beside the layer's own, for batches all of whose rows have it.
@@ -250,11 +250,11 @@ class SpectralLinear(nn.Module):
     def _has_factors(self, rows: RowDeltas) -> bool:
         return self.in_basis is not None and rows.edits_all
 
-    def _edit_kernel(self, rows: RowDeltas) -> ScriptObject:
+    def _edit_kernel(self, rows: RowDeltas) -> RowEdit:
         """The edit of these rows in a batch; of rows that are apart, of a batch of them alone."""
         if rows.kernel is None:
             edited_rows = rows.edited if isinstance(rows.edited, slice) else slice(0, len(rows.edited))
-            rows.kernel = row_edit(self.packed, self.edits_input, edited_rows, rows.delta)
+            rows.kernel = RowEdit(self.packed, self.edits_input, edited_rows, rows.delta)
         return rows.kernel
 
     def _edited(self, side: Tensor, rows: RowDeltas, bias: Tensor | None = None) -> Tensor:
@@ -264,9 +264,9 @@ class SpectralLinear(nn.Module):
             return self._edited_by_torch(side, rows, bias)
         kernel = self._edit_kernel(rows)
         if isinstance(rows.edited, slice):
-            return kernel.forward(side, bias)
+            return kernel(side, bias)
         side = side.clone()
-        side[rows.edited] = kernel.forward(side[rows.edited], bias)
+        side[rows.edited] = kernel(side[rows.edited], bias)
         return side
 
     def _edited_by_torch(self, side: Tensor, rows: RowDeltas, bias: Tensor | None) -> Tensor:

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from t2app.checkpoints import cache_folder
 from t2app.kernels import (
     FastLinear,
+    RowEdit,
     has_bfloat16_arithmetic,
     integers_in_order,
     pack_vectors,
-    row_edit,
     use_kernels,
 )
 from t2app.kernels.attention import fast_attention
@@ -80,9 +80,9 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
 @pytest.mark.parametrize("kind", [FEW_KERNEL, MANY_KERNEL])
 def test_what_a_row_gets_does_not_depend_on_its_company(kind):
     kernel, x = fast_layer(random(1536, 576)).kernel(kind), random(20, 1, 576)
-    together = kernel.forward(x, None)
+    together = kernel(x)
     for rows in (slice(0, 1), slice(3, 5), slice(4, 9), slice(7, 20)):
-        assert torch.equal(kernel.forward(x[rows], None), together[rows])
+        assert torch.equal(kernel(x[rows]), together[rows])
 
 
 @pytest.mark.parametrize("narrow", [576, 30])
@@ -115,7 +115,7 @@ def test_edit_of_a_layer_that_has_no_kernel_is_as_exact_and_leaves_the_other_row
     count = rows.stop - rows.start
     delta = 0.1 * torch.randn(1 if shared else count, narrow, generator=torch.Generator().manual_seed(0))
     exact = edited(side.double(), rows, vectors.double(), delta.double(), None if bias is None else bias.double())
-    found = row_edit(pack_vectors(vectors), False, rows, delta).forward(side, bias)
+    found = RowEdit(pack_vectors(vectors), False, rows, delta)(side, bias)
     assert found.shape == side.shape and found.dtype == torch.bfloat16
     # Beside the result's own rounding there is that of the vectors, or of coordinates and side.
     assert relative_error(found, exact) < 2**-7
@@ -139,9 +139,9 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     edited_rows = slice(first, first + count)
     vectors = basis.vectors.T.to(torch.bfloat16).contiguous()
     packed = pack_vectors(vectors)
-    edit = row_edit(packed, basis.edits_input, edited_rows, delta)
+    edit = RowEdit(packed, basis.edits_input, edited_rows, delta)
     kernel = layer.kernel_for(rows * tokens)
-    found = kernel.forward(x, edit)
+    found = kernel(x, edit)
 
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
     exact = torch.stack([row @ (u * s * z_row @ vt).T for row, z_row in zip(x.double(), z.double(), strict=True)])
@@ -150,7 +150,7 @@ def test_adapted_layer_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
     # Beside the result's own rounding there is that of the vectors, or of coordinates and edited side.
     assert relative_error(found, exact) < 2**-7
     others = [row for row in range(rows) if not first <= row < first + count]
-    assert torch.equal(found[others], kernel.forward(x, None)[others])
+    assert torch.equal(found[others], kernel(x)[others])
 
 
 def test_packed_vectors_are_the_vectors_within_half_a_step_with_even_places_first():
@@ -203,7 +203,7 @@ def test_edit_of_the_largest_bytes_is_as_exact_as_its_roundings():
     side, vectors = signs[0][:3, None].to(torch.bfloat16), signs[1] / 8  # each of them is ±127 in 8 bits
     delta = 0.1 * torch.ones(1, 64)
     exact = edited(side.double(), slice(0, 3), vectors.double(), delta.double())
-    found = row_edit(pack_vectors(vectors.to(torch.bfloat16)), False, slice(0, 3), delta).forward(side, None)
+    found = RowEdit(pack_vectors(vectors.to(torch.bfloat16)), False, slice(0, 3), delta)(side)
     assert relative_error(found, exact) < 2**-7
 
 
@@ -211,10 +211,10 @@ def test_edit_of_the_largest_bytes_is_as_exact_as_its_roundings():
 def test_what_an_edited_row_is_changed_by_does_not_depend_on_its_company(edits_input):
     vectors = pack_vectors(torch.linalg.qr(random(128, 128).float()).Q.to(torch.bfloat16))
     side, delta = random(13, 1, 128), torch.randn(13, 128, generator=torch.Generator().manual_seed(0))
-    together = row_edit(vectors, edits_input, slice(0, 13), delta).forward(side, None)
+    together = RowEdit(vectors, edits_input, slice(0, 13), delta)(side)
     for rows in (slice(0, 1), slice(3, 5), slice(4, 9), slice(2, 13)):
-        alone = row_edit(vectors, edits_input, slice(0, rows.stop - rows.start), delta[rows])
-        assert torch.equal(alone.forward(side[rows], None), together[rows])
+        alone = RowEdit(vectors, edits_input, slice(0, rows.stop - rows.start), delta[rows])
+        assert torch.equal(alone(side[rows]), together[rows])
 
 
 @pytest.mark.parametrize("heads, key_heads, size", [(9, 3, 64), (4, 4, 16), (8, 1, 48), (14, 2, 64)])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels import FastLinear, row_edit
+from t2app.kernels import FastLinear, RowEdit
 from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL
 from t2app.models import load_model
 from t2app.products import edited
@@ -79,14 +79,14 @@ def _factors(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]
 
 def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     kernel = layer.base.kernel(kind)
-    return lambda x: kernel.forward(x, None)
+    return kernel
 
 
 def _kernel_edit(
     kind: str, edited_rows: Callable[[Tensor], tuple[slice, Tensor]], layer: SpectralLinear, delta: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    kernel, edit = layer.base.kernel(kind), row_edit(layer.packed, layer.edits_input, *edited_rows(delta))
-    return lambda x: kernel.forward(x, edit)
+    kernel, edit = layer.base.kernel(kind), RowEdit(layer.packed, layer.edits_input, *edited_rows(delta))
+    return lambda x: kernel(x, edit)
 
 
 def _all_rows(delta: Tensor) -> tuple[slice, Tensor]:

@@ -25,8 +25,9 @@ from t2app.spectral import SpectralLinear
 # activations, sums, the embedding). What runs outside of it chooses the token.
 _LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE = "linear", "attention", "head", "elementwise", "choice"
 _KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
-# What the kernel of whole blocks calls its parts, which are in no module.
-_KERNEL_KINDS = {"t2app::linear": _LINEAR, "t2app::attention": _ATTENTION}
+# The kernel of whole blocks, and what it calls its parts, which are in no module.
+_BLOCKS = "t2app::decode"
+_KINDS_IN_BLOCKS = {"t2app::linear": _LINEAR, "t2app::attention": _ATTENTION}
 
 
 def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[Figure]:
@@ -85,12 +86,14 @@ def times_by_kind(model: Model, step: Callable[[], object]) -> dict[str, float]:
     for event in profiled.function_events:
         if event.name in _KINDS or event.name.startswith("profiler::"):
             continue
-        kind = _CHOICE if event.cpu_parent is None else event.cpu_parent.name
-        if kind == _ELEMENTWISE:
-            kind = _KERNEL_KINDS.get(event.name, kind)
+        seconds = 1e-6 * event.time_range.elapsed_us()
+        around = _CHOICE if event.cpu_parent is None else event.cpu_parent.name
+        if around == _BLOCKS and event.name in _KINDS_IN_BLOCKS:
+            times[_KINDS_IN_BLOCKS[event.name]] += seconds
+            times[_ELEMENTWISE] -= seconds
         # An operation that another one calls is in that one's time.
-        if kind in times:
-            times[kind] += 1e-6 * event.time_range.elapsed_us()
+        elif around in times:
+            times[around] += seconds
     return times
 
 

@@ -13,20 +13,21 @@ from t2app.kernels.attention import use_fast_attention
 from t2app.kernels.build import has_bfloat16_arithmetic, load_kernels
 from t2app.kernels.decoder import use_fast_decoders
 from t2app.kernels.linear import (
-    EditedKernel,
+    EditedLayer,
     FastLinear,
+    RowEdit,
     edits_fast,
     has_fast_linears,
     integers_in_order,
     needs_gradient,
     pack_vectors,
-    row_edit,
     use_fast_linears,
 )
 
 __all__ = [
-    "EditedKernel",
+    "EditedLayer",
     "FastLinear",
+    "RowEdit",
     "edits_fast",
     "has_bfloat16_arithmetic",
     "has_fast_linears",
@@ -34,7 +35,6 @@ __all__ = [
     "load_kernels",
     "needs_gradient",
     "pack_vectors",
-    "row_edit",
     "use_kernels",
 ]
 

@@ -4,8 +4,6 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,6 +13,8 @@
 #include "dot_products.h"
 #endif
 #include "scratch.h"
+#include "tensors.h"
+#include "tokens.h"
 
 namespace t2app {
 
@@ -25,7 +25,7 @@ struct Group {
   int64_t count, size, tokens, key_stride, value_stride;
   const bool* seen;  // (tokens,), or null where all are
   float scale;
-  at::BFloat16* outputs;
+  uint16_t* outputs;
 };
 
 // result (count, size) = weights (count, tokens) · values, even-first; `values` has its tokens `stride` apart.
@@ -49,22 +49,6 @@ void weighted_values(const float* weights, int64_t tokens, const uint16_t* value
       store(result + r * size + i + kLanes, odd[r]);
     }
   }
-}
-
-// exp of what is not above 0, within float32's rounding; exactly 0 below -87, where float32 ends.
-inline Floats exponential(Floats x) {
-  const Floats least = all(-87.0f);
-  const Floats bounded = _mm256_max_ps(x, least);
-  // exp x = 2ⁿ exp r with |r| ≤ ln 2 / 2; ln 2 in two parts, so that n · ln 2 is not rounded.
-  const Floats n = _mm256_round_ps(bounded * all(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Floats r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), bounded));
-  Floats series = all(1.0f / 720);
-  for (const float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-    series = multiply_add(series, r, all(coefficient));
-  }
-  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  const Floats result = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(series), power));
-  return _mm256_and_ps(result, _mm256_cmp_ps(x, least, _CMP_GT_OQ));
 }
 
 inline float largest_of(const float* values, int64_t count) {
@@ -123,7 +107,7 @@ class WideAttention {
     };
     some(3, weighted_values<3>);
     some(1, weighted_values<1>);
-    for (int64_t i = 0; i < count * size; ++i) group.outputs[i] = outputs_[i - i % size + place(i % size)];
+    for (int64_t i = 0; i < count * size; ++i) group.outputs[i] = rounded(outputs_[i - i % size + place(i % size)]);
   }
 
  private:
@@ -158,7 +142,7 @@ class DotAttention {
       if (tokens < even_tokens) weights[tokens] = 0;
     }
     combine(count, reinterpret_cast<const uint32_t*>(weights_.data()), tokens, group.values, size, outputs_.data());
-    std::copy_n(outputs_.begin(), count * size, group.outputs);
+    std::transform(outputs_.begin(), outputs_.end(), group.outputs, rounded);
   }
 
  private:
@@ -168,59 +152,59 @@ class DotAttention {
 };
 #endif
 
-// The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,
-// size), all bfloat16, size divides by 16; mask (1 or rows, 1, 1, tokens) is true for what a row attends to.
-inline at::Tensor one_token_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                               const std::optional<at::Tensor>& mask, double scale, MakeTensor make = new_tensor) {
-  const int64_t rows = query.size(0), heads = query.size(1), size = query.size(3);
-  const int64_t key_heads = keys.size(1), tokens = keys.size(2), count = heads / key_heads;
-  TORCH_CHECK(query.dim() == 4 && query.size(2) == 1 && heads % key_heads == 0, "one query a row was expected");
-  TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(0) == rows && keys.size(3) == size && size % kBlock == 0,
-              "keys and values do not match the query");
-  TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1, "keys and values were expected with contiguous vectors");
-  for (const at::Tensor& tensor : {query, keys, values}) {
-    TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, "bfloat16 was expected");
-  }
-  TORCH_CHECK(scale > 0, "a scale above 0 was expected");
-  const at::Tensor queries = query.contiguous();
-  const at::Tensor seen = mask ? mask->contiguous() : at::Tensor();
-  TORCH_CHECK(!mask || (seen.scalar_type() == at::kBool && seen.numel() == seen.size(0) * tokens &&
-                        (seen.size(0) == rows || seen.size(0) == 1)),
-              "a mask of one bool a row and token was expected");
-  at::Tensor result = make({rows, 1, heads, size}, query.options());
-  at::BFloat16* outputs = result.mutable_data_ptr<at::BFloat16>();
+// The name of all attention in a profile.
+constexpr const char* kAttention = "t2app::attention";
+
+// Which tokens a row attends to: (1 or rows, tokens), all where there is none.
+struct Seen {
+  const bool* tokens = nullptr;
+  int64_t row_stride = 0;
+
+  const bool* of_row(int64_t row) const { return tokens == nullptr ? nullptr : tokens + row * row_stride; }
+};
+
+// That of a contiguous mask, which outlives it.
+inline Seen seen_by(const Tensor& mask, int64_t rows, int64_t tokens) {
+  const int64_t of_row = mask.numel() / tokens;
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.numel() == of_row * tokens && (of_row == rows || of_row == 1),
+                  "a mask of one bool a row and token was expected");
+  return {static_cast<const bool*>(mask.const_data_ptr()), of_row == 1 ? 0 : tokens};
+}
+
+// The outputs (rows, heads, size) for one query a row, whose heads lie one after another, and keys and values (rows, key
+// heads, tokens, size); size divides by 16, scale is above 0.
+inline void one_token_attention(const Heads& queries, const Heads& keys, const Heads& values, const Seen& seen, float scale,
+                                uint16_t* outputs) {
+  const Recorded recorded(kAttention);
+  const int64_t rows = queries.rows, size = queries.size, key_heads = keys.heads, count = queries.heads / key_heads;
   const auto group_of = [&](int64_t task) {
-    const int64_t row = task / key_heads, head = task % key_heads, first = (row * heads + head * count) * size;
-    const bool* row_seen = mask ? seen.const_data_ptr<bool>() + (seen.size(0) == 1 ? 0 : row * tokens) : nullptr;
-    const int64_t padding = mask ? whole_lanes(std::find(row_seen, row_seen + tokens, true) - row_seen) : 0;
+    const int64_t row = task / key_heads, head = task % key_heads;
+    const bool* of_row = seen.of_row(row);
+    const int64_t padding = of_row == nullptr ? 0 : whole_lanes(std::find(of_row, of_row + keys.tokens, true) - of_row);
     return Group{
-        .queries = bits(queries) + first,
-        .keys = bits(keys) + row * keys.stride(0) + head * keys.stride(1) + padding * keys.stride(2),
-        .values = bits(values) + row * values.stride(0) + head * values.stride(1) + padding * values.stride(2),
+        .queries = queries.at(row, head * count, 0),
+        .keys = keys.at(row, head, padding),
+        .values = values.at(row, head, padding),
         .count = count,
         .size = size,
-        .tokens = tokens - padding,
-        .key_stride = keys.stride(2),
-        .value_stride = values.stride(2),
-        .seen = mask ? row_seen + padding : nullptr,
-        .scale = static_cast<float>(scale),
-        .outputs = outputs + first,
+        .tokens = keys.tokens - padding,
+        .key_stride = keys.token_stride,
+        .value_stride = values.token_stride,
+        .seen = of_row == nullptr ? nullptr : of_row + padding,
+        .scale = scale,
+        .outputs = outputs + (row * queries.heads + head * count) * size,
     };
   };
   const auto attend_by = [&]<typename Way>() {
-    at::parallel_for(0, rows * key_heads, 1, [&](int64_t begin, int64_t end) {
-      Way way(count, size, tokens);
+    torch::stable::parallel_for(0, rows * key_heads, 1, [&](int64_t begin, int64_t end) {
+      Way way(count, size, keys.tokens);
       for (int64_t task = begin; task < end; ++task) way.attend(group_of(task));
     });
   };
 #ifdef __AVX512BF16__
-  if (rows * key_heads > 0 && DotAttention::takes(group_of(0))) {
-    attend_by.template operator()<DotAttention>();
-    return result;
-  }
+  if (rows * key_heads > 0 && DotAttention::takes(group_of(0))) return attend_by.template operator()<DotAttention>();
 #endif
   attend_by.template operator()<WideAttention>();
-  return result;
 }
 
 }  // namespace t2app

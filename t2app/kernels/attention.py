@@ -46,7 +46,7 @@ def fast_attention(
     """
     if query.shape[2] == 1 and _is_plain(query, value, attention_mask, others):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.t2app.one_token_attention.default(query, key, value, attention_mask, scale), None
+        return torch.ops.t2app.attend(query, key, value, attention_mask, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
 
 

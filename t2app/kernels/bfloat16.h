@@ -4,18 +4,17 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include "ahead.h"
 #include "vector.h"
 
 namespace t2app {
 
-inline const uint16_t* bits(const at::Tensor& tensor) {
-  return reinterpret_cast<const uint16_t*>(tensor.const_data_ptr<at::BFloat16>());
-}
-inline float widened(uint16_t value) { return at::BFloat16(value, at::BFloat16::from_bits()); }
-inline uint16_t rounded(float value) { return at::BFloat16(value).x; }
+using torch::headeronly::BFloat16;
+
+inline float widened(uint16_t value) { return BFloat16(value, BFloat16::from_bits()); }
+inline uint16_t rounded(float value) { return BFloat16(value).x; }
 
 inline void put_even_first(const uint16_t* row, int64_t length, float* result) {
   for (int64_t i = 0; i < length; i += kBlock) {

@@ -2,11 +2,7 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/scaled_dot_product_attention.h>
-#include <ATen/ops/silu.h>
-#include <c10/core/InferenceMode.h>
-
+#include <array>
 #include <cmath>
 
 #include "attention.h"
@@ -36,58 +32,36 @@ inline void normalize(const uint16_t* x, const uint16_t* weight, int64_t length,
   }
 }
 
-// `normalize` for the rows of x.
-inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon,
-                           MakeTensor make = new_tensor) {
-  const int64_t length = weight.numel(), rows = x.numel() / length;
-  const at::Tensor in_order = x.contiguous();
-  at::Tensor y = make(in_order.sizes(), in_order.options());
-  const uint16_t *source = bits(in_order), *w = bits(weight);
-  auto* target = reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>());
-  at::parallel_for(0, rows, std::max<int64_t>(kElementsPerThread / length, 1), [&](int64_t begin, int64_t end) {
+// `normalize` for each of `rows` rows of x.
+inline void normalize_rows(const uint16_t* x, int64_t rows, const Tensor& weight, float epsilon, uint16_t* target) {
+  const int64_t length = weight.numel();
+  const uint16_t* weights = bits(weight);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(kElementsPerThread / length, 1), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      normalize(source + row * length, w, length, static_cast<float>(epsilon), target + row * length);
+      normalize(x + row * length, weights, length, epsilon, target + row * length);
     }
   });
-  return y;
 }
 
-// Of `length` elements, `of` each of x and of y, rounded.
+// target = of(x, y), rounded, for `length` elements; target may be x or y.
 template <typename Of>
 void each(const uint16_t* x, const uint16_t* y, int64_t length, const Of& of, uint16_t* target) {
-  for (int64_t i = 0; i < length; i += kBlock) {
-    const Pairs first = load_pairs(x + i), second = load_pairs(y + i);
-    store_pairs(target + i, rounded_pairs(of(even_elements(first), even_elements(second)),
-                                          of(odd_elements(first), odd_elements(second))));
-  }
-}
-
-// A tensor of x's shape in whose parts `some` writes: it takes where one begins, its length and its place.
-template <typename Some>
-at::Tensor in_parts(const at::Tensor& x, MakeTensor make, const Some& some) {
-  at::Tensor result = make(x.sizes(), x.options());
-  auto* target = reinterpret_cast<uint16_t*>(result.mutable_data_ptr<at::BFloat16>());
-  at::parallel_for(0, result.numel() / kBlock, kElementsPerThread / kBlock, [&](int64_t begin, int64_t end) {
-    some(begin * kBlock, (end - begin) * kBlock, target + begin * kBlock);
-  });
-  return result;
-}
-
-inline at::Tensor sum_of(const at::Tensor& x, const at::Tensor& y, MakeTensor make) {
-  const at::Tensor in_order = x.contiguous();
-  return in_parts(in_order, make, [&](int64_t first, int64_t length, uint16_t* target) {
-    each(bits(in_order) + first, bits(y) + first, length, [](Floats a, Floats b) { return a + b; }, target);
+  torch::stable::parallel_for(0, length / kBlock, kElementsPerThread / kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kBlock; i < end * kBlock; i += kBlock) {
+      const Pairs first = load_pairs(x + i), second = load_pairs(y + i);
+      store_pairs(target + i, of(first, second));
+    }
   });
 }
 
-// silu(gate) · up. torch's own silu, of as many elements as each thread has: it would leave so few to one thread.
-inline at::Tensor gated(const at::Tensor& gate, const at::Tensor& up) {
-  const at::Tensor flat = gate.view(-1);
-  return in_parts(gate, scratch_tensor, [&](int64_t first, int64_t length, uint16_t* target) {
-    const c10::InferenceMode of_this_thread;
-    const at::Tensor activated = at::silu(flat.narrow(0, first, length));
-    each(bits(activated), bits(up) + first, length, [](Floats a, Floats b) { return a * b; }, target);
-  });
+inline Pairs sums(Pairs x, Pairs y) {
+  return rounded_pairs(even_elements(x) + even_elements(y), odd_elements(x) + odd_elements(y));
+}
+
+// silu(gate) · up, rounded where transformers rounds.
+inline Pairs gated(Pairs gate, Pairs up) {
+  const Pairs activated = rounded_pairs(silu(even_elements(gate)), silu(odd_elements(gate)));
+  return rounded_pairs(even_elements(activated) * even_elements(up), odd_elements(activated) * odd_elements(up));
 }
 
 // A head's vector turned by its position: the first half a and the second b become a·cos − b·sin and b·cos + a·sin.
@@ -105,113 +79,134 @@ inline void rotate(const uint16_t* head, const uint16_t* cos, const uint16_t* si
   }
 }
 
+// torch's attention of several tokens a row, (rows, tokens, heads, size). added: what is added to the scores, (1 or rows, 1,
+// tokens, all tokens) in bfloat16; where there is none a token attends to itself and all before it.
+inline Tensor attention_of_several(const Heads& queries, const Heads& keys, const Heads& values,
+                                   const std::optional<Tensor>& added, double scale) {
+  const Recorded recorded(kAttention);
+  const auto tensor = [](const Heads& heads) {
+    const std::vector<int64_t> shape{heads.rows, heads.heads, heads.tokens, heads.size};
+    const std::vector<int64_t> strides{heads.row_stride, heads.head_stride, heads.token_stride, 1};
+    return torch::stable::from_blob(const_cast<uint16_t*>(heads.data), shape, strides,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::BFloat16);
+  };
+  using torch::stable::detail::from;
+  const bool is_causal = !added, shares_heads = queries.heads != keys.heads;
+  std::array stack{from(tensor(queries)), from(tensor(keys)), from(tensor(values)), from(added), from(0.0), from(is_causal),
+                   from(std::optional(scale)), from(shares_heads)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor attended = torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::contiguous(torch::stable::transpose(attended, 1, 2));
+}
+
+// What all blocks take of a batch beside its vectors and its keys and values.
+struct Pass {
+  int64_t rows, tokens;         // new ones of each row
+  const uint16_t *cos, *sin;    // of their positions, (1 or rows, tokens, head size)
+  int64_t angles_row_stride;    // 0 where all rows have the same
+  Seen seen;                    // by one new token a row
+  std::optional<Tensor> added;  // as `attention_of_several` takes it, for several new tokens
+};
+
 class Block {
  public:
   static constexpr int64_t kLayers = 7, kNorms = 2;
 
   // layers: query, key, value, output, gate, up and down, and what is done to each; norms: before attention and before the
   // MLP, bfloat16.
-  Block(std::vector<c10::intrusive_ptr<Layer>> layers, std::vector<c10::intrusive_ptr<RowEdit>> edits,
-        std::vector<at::Tensor> norms, double epsilon, int64_t head_size, double scale)
+  Block(std::vector<EditedLayer> layers, std::vector<Tensor> norms, double epsilon, int64_t head_size, double scale)
       : layers_(std::move(layers)),
-        edits_(std::move(edits)),
         norms_(std::move(norms)),
-        epsilon_(epsilon),
+        epsilon_(static_cast<float>(epsilon)),
         size_(head_size),
         scale_(scale) {
-    TORCH_CHECK(size_ % (2 * kBlock) == 0, "heads of 32·n were expected");
-    for (const at::Tensor& norm : norms_) {
-      TORCH_CHECK(norm.scalar_type() == at::kBFloat16 && norm.is_contiguous() && norm.numel() % kBlock == 0,
-                  "norms in bfloat16 of 16·n were expected");
-    }
+    STD_TORCH_CHECK(size_ % (2 * kBlock) == 0, "heads of 32·n were expected");
+    STD_TORCH_CHECK(scale_ > 0, "a scale above 0 was expected");
+    for (const Tensor& norm : norms_) check_norm(norm);
   }
 
-  // The block's output (rows, new tokens, hidden) for x of that shape.
-  //
-  // cos, sin (1 or rows, new tokens, head size) are those of the new tokens' positions; keys and values (rows, key heads,
-  // tokens, head size) have room for the new tokens at the end, which are written; mask (1 or rows, 1, new tokens, tokens)
-  // is true for what one new token attends to, and what is added to the scores of several; where there is none a token
-  // attends to itself and all before it.
-  at::Tensor forward(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& keys,
-                     const at::Tensor& values, const std::optional<at::Tensor>& mask) const {
-    TORCH_CHECK(x.dim() == 3 && x.scalar_type() == at::kBFloat16, "(rows, tokens, hidden) in bfloat16 was expected");
-    const int64_t rows = x.size(0), added = x.size(1), first = keys.size(2) - added;
-    TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(0) == rows && keys.size(3) == size_ && first >= 0,
-                "keys and values do not match the batch");
-    TORCH_CHECK(mask || added == 1 || first == 0, "a mask was expected for several tokens after others");
-    check_angles(cos, rows, added);
-    check_angles(sin, rows, added);
+  static void check_norm(const Tensor& norm) {
+    STD_TORCH_CHECK(is_bfloat16(norm) && norm.is_contiguous() && norm.numel() % kBlock == 0,
+                    "norms in bfloat16 of 16·n were expected");
+  }
 
-    const std::vector<at::Tensor> projected = multiplied(normed(x, 0), kQuery, kKey, kValue);
-    at::Tensor queries = projected[kQuery].view({rows, added, -1, size_}).transpose(1, 2);
-    turn(projected[kQuery], cos, sin, queries);
-    turn(projected[kKey], cos, sin, keys.narrow(2, first, added));
-    keep(projected[kValue], values.narrow(2, first, added));
-    const at::Tensor attended = attend(queries, keys, values, mask).view({rows, added, -1});
-    const at::Tensor between = sum_of(x, multiplied(attended, kOutput)[0], scratch_tensor);
+  int64_t hidden() const { return layers_[kQuery].layer.in_features; }
 
-    const std::vector<at::Tensor> gate_and_up = multiplied(normed(between, 1), kGate, kUp);
-    const at::Tensor activated = gated(gate_and_up[0], gate_and_up[1]);
-    return sum_of(between, multiplied(activated, kDown)[0], new_tensor);
+  // Takes the vectors `x` (rows, new tokens, hidden) through the block, in place. keys and values have the new tokens last,
+  // which are written.
+  void forward(uint16_t* x, const Pass& pass, const MutableHeads& keys, const MutableHeads& values) const {
+    const int64_t count = pass.rows * pass.tokens, elements = count * hidden();
+    Scratch<uint16_t> normed(elements), change(elements);
+
+    normalize_rows(x, count, norms_[0], epsilon_, normed.data());
+    attend(normed.data(), pass, keys, values, change.data());
+    each(x, change.data(), elements, sums, x);
+
+    normalize_rows(x, count, norms_[1], epsilon_, normed.data());
+    Scratch<uint16_t> gate(count * width_of(kGate)), up(count * width_of(kUp));
+    multiply({normed.data(), pass.rows, pass.tokens, hidden()}, {kGate, kUp}, {gate.data(), up.data()});
+    each(gate.data(), up.data(), count * width_of(kUp), gated, gate.data());
+    multiply({gate.data(), pass.rows, pass.tokens, width_of(kUp)}, {kDown}, {change.data()});
+    each(x, change.data(), elements, sums, x);
   }
 
  private:
   enum Place { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown };
 
-  at::Tensor normed(const at::Tensor& x, size_t norm) const { return rms_norm(x, norms_[norm], epsilon_, scratch_tensor); }
+  int64_t width_of(Place place) const { return layers_[place].layer.out_features; }
 
-  template <typename... Places>
-  std::vector<at::Tensor> multiplied(const at::Tensor& x, Places... places) const {
-    return linear({EditedLayer(*layers_[places], edits_[places].get())...}, x, scratch_tensor);
+  void multiply(const Tokens& x, const std::vector<Place>& places, const std::vector<uint16_t*>& results) const {
+    std::vector<EditedLayer> layers;
+    for (const Place place : places) layers.push_back(layers_[place]);
+    linear(layers, x, results);
   }
 
-  void check_angles(const at::Tensor& angles, int64_t rows, int64_t added) const {
-    TORCH_CHECK(angles.scalar_type() == at::kBFloat16 && angles.is_contiguous() && angles.size(-1) == size_ &&
-                    (angles.numel() == added * size_ || angles.numel() == rows * added * size_),
-                "a cosine and a sine in bfloat16 were expected for each token and place of a head");
-  }
-
-  // The heads of `projected` (rows, new tokens, heads · size), turned, to `target` (rows, heads, new tokens, size).
-  void turn(const at::Tensor& projected, const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& target) const {
-    const int64_t added = projected.size(1), of_row = cos.numel() == added * size_ ? 0 : added * size_;
-    each_head(projected, target, [&](int64_t row, int64_t token, const uint16_t* head, uint16_t* place) {
-      const int64_t angle = row * of_row + token * size_;
-      rotate(head, bits(cos) + angle, bits(sin) + angle, size_, place);
+  // What attention adds to the vectors, for x before it.
+  void attend(const uint16_t* x, const Pass& pass, const MutableHeads& keys, const MutableHeads& values,
+              uint16_t* result) const {
+    const int64_t rows = pass.rows, tokens = pass.tokens, count = rows * tokens;
+    Scratch<uint16_t> query(count * width_of(kQuery)), key(count * width_of(kKey)), value(count * width_of(kValue));
+    multiply({x, rows, tokens, hidden()}, {kQuery, kKey, kValue}, {query.data(), key.data(), value.data()});
+    const auto heads_of = [&](Scratch<uint16_t>& of, Place place) {
+      return heads_of_tokens(of.data(), rows, width_of(place) / size_, tokens, size_);
+    };
+    const MutableHeads queries = heads_of(query, kQuery);
+    each_head(queries, [&](int64_t row, int64_t head, int64_t token) { turn(queries, queries, pass, row, head, token); });
+    const MutableHeads new_keys = heads_of(key, kKey), new_values = heads_of(value, kValue);
+    const MutableHeads kept_keys = keys.last(tokens), kept_values = values.last(tokens);
+    each_head(new_keys, [&](int64_t row, int64_t head, int64_t token) {
+      turn(new_keys, kept_keys, pass, row, head, token);
+      std::copy_n(new_values.at(row, head, token), size_, kept_values.at(row, head, token));
     });
-  }
-
-  void keep(const at::Tensor& projected, const at::Tensor& target) const {
-    each_head(projected, target, [&](int64_t, int64_t, const uint16_t* head, uint16_t* place) {
-      std::copy_n(head, size_, place);
-    });
+    if (tokens > 1) {
+      const Tensor attended = attention_of_several(queries, keys, values, pass.added, scale_);
+      multiply({bits(attended), rows, tokens, width_of(kQuery)}, {kOutput}, {result});
+      return;
+    }
+    Scratch<uint16_t> attended(count * width_of(kQuery));
+    one_token_attention(queries, keys, values, pass.seen, static_cast<float>(scale_), attended.data());
+    multiply({attended.data(), rows, tokens, width_of(kQuery)}, {kOutput}, {result});
   }
 
   template <typename Do>
-  void each_head(const at::Tensor& projected, const at::Tensor& target, const Do& act) const {
-    const int64_t rows = target.size(0), heads = target.size(1), added = target.size(2);
-    const uint16_t* head = bits(projected);
-    auto* first = reinterpret_cast<uint16_t*>(target.mutable_data_ptr<at::BFloat16>());
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t token = 0; token < added; ++token) {
-        uint16_t* place = first + row * target.stride(0) + token * target.stride(2);
-        for (int64_t h = 0; h < heads; ++h, head += size_) act(row, token, head, place + h * target.stride(1));
+  static void each_head(const MutableHeads& heads, const Do& act) {
+    for (int64_t row = 0; row < heads.rows; ++row) {
+      for (int64_t token = 0; token < heads.tokens; ++token) {
+        for (int64_t head = 0; head < heads.heads; ++head) act(row, head, token);
       }
     }
   }
 
-  // (rows, new tokens, heads, size)
-  at::Tensor attend(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& values,
-                    const std::optional<at::Tensor>& mask) const {
-    RECORD_FUNCTION("t2app::attention", {});
-    if (queries.size(2) == 1) return one_token_attention(queries, keys, values, mask, scale_, scratch_tensor);
-    const bool shares_heads = queries.size(1) != keys.size(1);
-    return at::scaled_dot_product_attention(queries, keys, values, mask, 0.0, !mask, scale_, shares_heads).transpose(1, 2);
+  void turn(const MutableHeads& heads, const MutableHeads& target, const Pass& pass, int64_t row, int64_t head,
+            int64_t token) const {
+    const int64_t angle = row * pass.angles_row_stride + token * size_;
+    rotate(heads.at(row, head, token), pass.cos + angle, pass.sin + angle, size_, target.at(row, head, token));
   }
 
-  const std::vector<c10::intrusive_ptr<Layer>> layers_;
-  const std::vector<c10::intrusive_ptr<RowEdit>> edits_;  // null where no row is edited
-  const std::vector<at::Tensor> norms_;
-  const double epsilon_;
+  const std::vector<EditedLayer> layers_;
+  const std::vector<Tensor> norms_;
+  const float epsilon_;
   const int64_t size_;
   const double scale_;
 };

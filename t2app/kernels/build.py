@@ -21,6 +21,8 @@ INSTRUCTIONS = (
     ("-mavx512vnni",),
     ("-mavx512bf16",),
 )
+# Whose stable interface is used, as its headers write it: 2.11, the oldest that requirements.txt takes.
+_OLDEST_TORCH = 2 << 56 | 11 << 48
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "library.cpp"
 
@@ -48,7 +50,7 @@ def load_kernels(folder: Path) -> bool:
     Args:
         folder: where the compiled ones are kept, for a process that has not loaded any.
     """
-    return hasattr(torch.ops.t2app, "one_token_attention") or _loaded_from(folder)
+    return hasattr(torch.ops.t2app, "decode") or _loaded_from(folder)
 
 
 @cache
@@ -71,12 +73,6 @@ def _loaded_from(folder: Path) -> bool:
     return True
 
 
-@cache
-def kernel_class(name: str) -> type:
-    """One of `torch.classes.t2app`, which torch makes anew every time that it is asked for."""
-    return getattr(torch.classes.t2app, name)
-
-
 def compiled_for() -> list[str]:
     """The compiler's flags for what the CPU can do."""
     known = 1 + _has_avx512() + _has_vnni() + has_bfloat16_arithmetic()
@@ -86,8 +82,9 @@ def compiled_for() -> list[str]:
 def compiler_command(instructions: Sequence[str], *others: str) -> list[str]:
     """What compiles the kernels with these flags of `INSTRUCTIONS`."""
     command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *instructions, "-fopenmp", "-fPIC"]
+    command += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH:#x}"]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
-    return [*command, "-DAT_PARALLEL_OPENMP=1", str(_SOURCE), *others]
+    return [*command, str(_SOURCE), *others]
 
 
 def _compile(library: Path) -> bool:

@@ -5,60 +5,88 @@
 
 #pragma once
 
-#include <ATen/ops/zeros.h>
-
-#include <limits>
-
 #include "block.h"
 
 namespace t2app {
 
-struct Decoder : torch::CustomClassHolder {
+struct Decoder : Kept {
   // layers and their edits: those of each block, norms: those of each and the one after the last, as `Block` takes them.
-  Decoder(const std::vector<c10::intrusive_ptr<Layer>>& layers,
-          const std::vector<std::optional<c10::intrusive_ptr<RowEdit>>>& edits, const std::vector<at::Tensor>& norms,
-          double epsilon, int64_t head_size, double scale)
-      : norm_(norms.at(norms.size() - 1)), epsilon_(epsilon) {
+  Decoder(const std::vector<Tensor>& layers, const std::vector<std::optional<Tensor>>& edits,
+          const std::vector<Tensor>& norms, double epsilon, int64_t head_size, double scale)
+      : layers_(layers), edits_(edits), norm_(norms.at(norms.size() - 1)), epsilon_(static_cast<float>(epsilon)),
+        head_size_(head_size) {
     const size_t blocks = layers.size() / Block::kLayers;
-    TORCH_CHECK(layers.size() == blocks * Block::kLayers && norms.size() == blocks * Block::kNorms + 1,
-                "seven layers and two norms a block were expected, and a norm after the last");
-    TORCH_CHECK(edits.size() == layers.size(), "an edit or none was expected for each layer");
+    STD_TORCH_CHECK(blocks > 0 && layers.size() == blocks * Block::kLayers && norms.size() == blocks * Block::kNorms + 1,
+                    "seven layers and two norms a block were expected, and a norm after the last");
+    STD_TORCH_CHECK(edits.size() == layers.size(), "an edit or none was expected for each layer");
+    Block::check_norm(norm_);
     for (size_t block = 0; block < blocks; ++block) {
-      const size_t first = block * Block::kLayers;
-      std::vector<c10::intrusive_ptr<Layer>> own(layers.begin() + first, layers.begin() + first + Block::kLayers);
-      std::vector<c10::intrusive_ptr<RowEdit>> own_edits;
-      for (size_t i = first; i < first + Block::kLayers; ++i) own_edits.push_back(edits[i].value_or(nullptr));
+      std::vector<EditedLayer> own;
+      for (size_t i = block * Block::kLayers; i < (block + 1) * Block::kLayers; ++i) {
+        own.emplace_back(kept_in<Layer>(layers[i]), edits[i] ? &kept_in<RowEdit>(*edits[i]) : nullptr);
+      }
       const auto norm = norms.begin() + block * Block::kNorms;
-      blocks_.emplace_back(std::move(own), std::move(own_edits), std::vector(norm, norm + Block::kNorms), epsilon,
-                           head_size, scale);
+      blocks_.emplace_back(std::move(own), std::vector(norm, norm + Block::kNorms), epsilon, head_size, scale);
     }
   }
 
-  // What the output layer takes, (rows, new tokens, hidden), for embeddings x of that shape; keys and values are those of
-  // each block, of which `length` tokens are seen with the new ones; mask (1 or rows, 1, new tokens, tokens) is true for
-  // what a token attends to; all else is as for `Block`.
-  at::Tensor forward(at::Tensor x, const at::Tensor& cos, const at::Tensor& sin, const std::vector<at::Tensor>& keys,
-                     const std::vector<at::Tensor>& values, int64_t length, const std::optional<at::Tensor>& mask) const {
-    TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),
-                "keys and values of each block were expected");
-    const bool several = x.dim() == 3 && x.size(1) > 1;
-    const std::optional<at::Tensor> blocks_mask = mask && several ? std::optional(added_to_scores(*mask, x)) : mask;
+  // What the output layer takes, (rows, new tokens, hidden), for embeddings x of that shape.
+  //
+  // cos, sin (1 or rows, new tokens, head size) are those of the new tokens' positions; keys and values are those of each
+  // block, (rows, key heads, more tokens, head size), of which `length` are seen; the new ones are their last and are
+  // written. mask (1 or rows, 1, new tokens, length) is true for what one new token attends to, and what is added to the
+  // scores of several; where there is none a token attends to itself and all before it.
+  Tensor forward(const Tensor& x, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
+                 const std::vector<Tensor>& values, int64_t length, const std::optional<Tensor>& mask) const {
+    STD_TORCH_CHECK(x.dim() == 3 && is_bfloat16(x) && x.size(2) == blocks_[0].hidden(),
+                    "(rows, tokens, hidden) in bfloat16 was expected");
+    STD_TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),
+                    "keys and values of each block were expected");
+    const int64_t rows = x.size(0), tokens = x.size(1), elements = x.numel();
+    STD_TORCH_CHECK(mask || tokens == 1 || length == tokens, "a mask was expected for several tokens after others");
+    const Tensor whole_mask = mask ? torch::stable::contiguous(*mask) : x;
+    const Pass pass{
+        .rows = rows,
+        .tokens = tokens,
+        .cos = angles(cos, rows, tokens),
+        .sin = angles(sin, rows, tokens),
+        .angles_row_stride = cos.size(0) == 1 ? 0 : tokens * head_size_,
+        .seen = mask && tokens == 1 ? seen_by(whole_mask, rows, length) : Seen(),
+        .added = tokens > 1 ? mask : std::nullopt,
+    };
+    const Tensor in_order = torch::stable::contiguous(x);
+    Scratch<uint16_t> hidden(bits(in_order), bits(in_order) + elements);
     for (size_t block = 0; block < blocks_.size(); ++block) {
-      x = blocks_[block].forward(x, cos, sin, keys[block].narrow(2, 0, length), values[block].narrow(2, 0, length),
-                                 blocks_mask);
+      blocks_[block].forward(hidden.data(), pass, heads(keys[block], rows, tokens, length),
+                             heads(values[block], rows, tokens, length));
     }
-    return rms_norm(x, norm_, epsilon_);
+    const Tensor result = new_bfloat16({rows, tokens, blocks_[0].hidden()});
+    normalize_rows(hidden.data(), rows * tokens, norm_, epsilon_, mutable_bits(result));
+    return result;
   }
 
  private:
-  // A mask as torch's attention adds it, which makes that of one of bools itself, in every block.
-  static at::Tensor added_to_scores(const at::Tensor& mask, const at::Tensor& x) {
-    return at::zeros(mask.sizes(), x.options()).masked_fill_(mask.logical_not(), -std::numeric_limits<double>::infinity());
+  const uint16_t* angles(const Tensor& of, int64_t rows, int64_t tokens) const {
+    STD_TORCH_CHECK(is_bfloat16(of) && of.is_contiguous() && of.dim() == 3 && of.size(2) == head_size_ &&
+                        of.size(1) == tokens && (of.size(0) == 1 || of.size(0) == rows),
+                    "a cosine and a sine in bfloat16 were expected for each token and place of a head");
+    return bits(of);
   }
 
+  MutableHeads heads(const Tensor& of, int64_t rows, int64_t tokens, int64_t length) const {
+    STD_TORCH_CHECK(is_bfloat16(of) && of.dim() == 4 && of.size(0) == rows && of.size(3) == head_size_ &&
+                        of.stride(3) == 1 && tokens <= length && length <= of.size(2),
+                    "keys and values do not match the batch");
+    return MutableHeads{mutable_bits(of), rows,         of.size(1),   length,
+                        head_size_,       of.stride(0), of.stride(1), of.stride(2)};
+  }
+
+  const std::vector<Tensor> layers_;
+  const std::vector<std::optional<Tensor>> edits_;
   std::vector<Block> blocks_;
-  const at::Tensor norm_;
-  const double epsilon_;
+  const Tensor norm_;
+  const float epsilon_;
+  const int64_t head_size_;
 };
 
 }  // namespace t2app

@@ -1,14 +1,16 @@
 """All blocks of a decoder of Llama's kind in one call, for a token or a short prompt a row, on a CPU in bfloat16."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import ScriptObject, Tensor, nn
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from t2app.kernels.attention import attends_fast
-from t2app.kernels.build import WIDTH, kernel_class
-from t2app.kernels.linear import FastLinear
+from t2app.kernels.build import WIDTH
+from t2app.kernels.linear import EditedLayer, FastLinear
 from t2app.key_values import GrowingLayer
 
 # transformers writes these out separately and alike: embedding, blocks, norm; of a block norm, attention with rotated
@@ -52,6 +54,46 @@ def _norms(decoder: nn.Module) -> list[nn.Module]:
     return [*of_blocks, decoder.norm]
 
 
+class Decoder:
+    """All blocks of a decoder and the norm after them, without a gradient.
+
+    Args:
+        layers: seven a block, in the order of `_places`.
+        norms: the weights of two a block and of the last one.
+        epsilon: of the norms.
+        scale: of attention's scores.
+    """
+
+    def __init__(self, layers: list[EditedLayer], norms: list[Tensor], epsilon: float, head_size: int, scale: float):
+        kept = [layer.kept for layer, _ in layers]
+        edits = [None if edit is None else edit.kept for _, edit in layers]
+        self._kept = torch.ops.t2app.make_decoder(kept, edits, norms, epsilon, head_size, scale)
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        length: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """What the output layer takes, (rows, new tokens, hidden), for embeddings x of that shape.
+
+        Args:
+            cos, sin: of the new tokens' positions, (1 or rows, new tokens, head size).
+            keys, values: of each block (rows, key heads, room, head size); the new tokens' are written into them.
+            length: of how many tokens keys and values are seen, the new ones last.
+            mask: true for what a token attends to, (1 or rows, 1, new tokens, length); None where it attends to itself
+                and all before it.
+        """
+        if mask is not None and x.shape[1] > 1:
+            # As torch's attention adds it, which would make that of one of bools itself, in every block.
+            mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+        return torch.ops.t2app.decode(self._kept, x, cos, sin, keys, values, length, mask)
+
+
 class FastDecoder:
     """A decoder's `forward`: the kernel where all layers have one for so many tokens, and transformers' own else.
 
@@ -67,7 +109,7 @@ class FastDecoder:
         self._in_use: list[object] = []
         self._made_for: tuple | None = None
         self._key_heads = attention.k_proj.out_features // attention.head_dim
-        self._kernel: ScriptObject | None = None
+        self._kernel: Decoder | None = None
 
     def __call__(
         self,
@@ -96,9 +138,7 @@ class FastDecoder:
             **others,
         )
 
-    def _run(
-        self, kernel: ScriptObject, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache
-    ) -> Tensor:
+    def _run(self, kernel: Decoder, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache) -> Tensor:
         """The output (rows, tokens, hidden) for embeddings of that shape; the cache takes the tokens in."""
         rows, tokens, _ = x.shape
         if positions is None:
@@ -113,9 +153,9 @@ class FastDecoder:
             if not layer.is_initialized:
                 layer.begin(none, none)
         keys, values = zip(*(layer.extend(tokens) for layer in cache.layers), strict=True)
-        return kernel.forward(x, cos, sin, keys, values, cache.get_seq_length(), mask)
+        return kernel(x, cos, sin, keys, values, cache.get_seq_length(), mask)
 
-    def _kernel_for(self, rows: int, tokens: int) -> ScriptObject | None:
+    def _kernel_for(self, rows: int, tokens: int) -> Decoder | None:
         """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
         layers = [modules[name] for modules, name in self._places]
         if self._made_for != (layers, rows, tokens, *self._plans()):
@@ -129,13 +169,13 @@ class FastDecoder:
     def _plans(self) -> list[object]:
         return [place.plan for place in self._in_use]
 
-    def _made(self, layers: list[nn.Module], rows: int, tokens: int) -> ScriptObject | None:
+    def _made(self, layers: list[nn.Module], rows: int, tokens: int) -> Decoder | None:
         if not all(hasattr(layer, "edited_kernel") for layer in layers):
             return None
         kernels = [layer.edited_kernel(rows, tokens) for layer in layers]
         if any(kernel is None for kernel in kernels):
             return None
-        return kernel_class("Decoder")(*zip(*kernels, strict=True), self._weights_of_norms, *self._settings)
+        return Decoder(kernels, self._weights_of_norms, *self._settings)
 
 
 def _grows(cache: Cache | None) -> bool:

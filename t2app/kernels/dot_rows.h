@@ -13,12 +13,11 @@ namespace t2app {
 // `WidenedRows` without widening. The edited side is rounded to bfloat16 once more.
 class DotRows : public LayerJob {
  public:
-  DotRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
-          const at::Tensor& y)
-      : LayerJob(edited, rows, tokens_of_row, threads, y), x_(bits(x)) {
+  DotRows(const EditedLayer& edited, const Tokens& x, int64_t threads, uint16_t* y)
+      : LayerJob(edited, x, threads, y), x_(x.data) {
     if (!edited.edits_output()) return;
-    product_.resize(rows * n_);
-    rounded_product_.resize(rows * n_);
+    product_.resize(rows_ * n_);
+    rounded_product_.resize(rows_ * n_);
   }
 
  private:

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-
 #include "edit.h"
 #include "job.h"
 #include "linear.h"
@@ -12,18 +10,17 @@ namespace t2app {
 
 class EditSide : public Job {
  public:
-  // bias: what of `side` is no part of the product that is edited; there may be none.
-  EditSide(const RowEdit& edit, const at::Tensor& side, const std::optional<at::Tensor>& bias, int64_t threads,
-           const at::Tensor& result)
+  // bias (narrow,): what of `side` is no part of the product that is edited; null where there is none.
+  EditSide(const RowEdit& edit, const Tokens& side, const uint16_t* bias, int64_t threads, uint16_t* result)
       : Job(2),
-        edit_(edit, side.size(1), threads),
-        tokens_(side.size(0) * side.size(1)),
-        narrow_(side.size(2)),
-        source_(bits(side)),
+        edit_(edit, side.of_row, threads),
+        tokens_(side.count()),
+        narrow_(side.size),
+        source_(side.data),
         side_(tokens_ * narrow_),
         bias_(narrow_, 0.0f),
-        target_(reinterpret_cast<uint16_t*>(result.mutable_data_ptr<at::BFloat16>())) {
-    if (bias) put_even_first(bits(*bias), narrow_, bias_.data());
+        target_(result) {
+    if (bias != nullptr) put_even_first(bias, narrow_, bias_.data());
     for (int64_t token = edit_.edited.first; token < edit_.edited.first + edit_.edited.count; ++token) {
       float* own = side_.data() + token * narrow_;
       put_even_first(source_ + token * narrow_, narrow_, own);
@@ -63,22 +60,12 @@ class EditSide : public Job {
   uint16_t* target_;
 };
 
-// A layer's narrow side (rows, tokens, narrow) in bfloat16 with its edited rows changed; bias (narrow,) as above.
-inline at::Tensor edited_side(const RowEdit& edit, const at::Tensor& side, const std::optional<at::Tensor>& bias) {
-  RECORD_FUNCTION("t2app::linear", {});
-  TORCH_CHECK(side.scalar_type() == at::kBFloat16 && side.dim() == 3 && side.size(2) == edit.narrow() &&
-                  edit.first + edit.edited <= side.size(0),
-              "the narrow side (rows, tokens, narrow) of all rows was expected in bfloat16");
-  TORCH_CHECK(!bias || (bias->scalar_type() == at::kBFloat16 && bias->numel() == edit.narrow()),
-              "the bias does not match the side");
-  const at::Tensor in_order = side.contiguous();
-  const std::optional<at::Tensor> whole_bias = bias ? std::optional(bias->contiguous()) : std::nullopt;
-  const int64_t threads = threads_for(edit.vectors.numel());
-  at::Tensor result = at::empty_like(in_order);
+// A layer's narrow side with its edited rows changed, to `result`; bias as above.
+inline void edited_side(const RowEdit& edit, const Tokens& side, const uint16_t* bias, uint16_t* result) {
+  const int64_t threads = threads_for(edit.rank() * edit.narrow());
   std::vector<std::unique_ptr<Job>> jobs;
-  jobs.push_back(std::make_unique<EditSide>(edit, in_order, whole_bias, threads, result));
+  jobs.push_back(std::make_unique<EditSide>(edit, side, bias, threads, result));
   run(jobs, threads);
-  return result;
 }
 
 }  // namespace t2app

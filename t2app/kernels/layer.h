@@ -2,8 +2,9 @@
 
 #pragma once
 
-#include <torch/custom_class.h>
+#include <algorithm>
 
+#include "bfloat16.h"
 #include "row_edit.h"
 
 namespace t2app {
@@ -15,26 +16,26 @@ constexpr bool kMultipliesBfloat16 = true;
 constexpr bool kMultipliesBfloat16 = false;
 #endif
 
-struct Layer : torch::CustomClassHolder {
+struct Layer : Kept {
   // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16. many: whether it is for many
   // rows, of which there is more to compute for each weight than reading it costs.
-  Layer(const at::Tensor& weight, const std::optional<at::Tensor>& bias, bool many)
+  Layer(const Tensor& weight, const std::optional<Tensor>& bias, bool many)
       : weight(weight),
         out_features(weight.size(0)),
         in_features(weight.size(1)),
         bias(out_features, 0.0f),
         many(many) {
-    TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && weight.dim() == 2,
+    STD_TORCH_CHECK(is_bfloat16(weight) && weight.is_contiguous() && weight.dim() == 2,
                 "a contiguous weight in bfloat16 was expected");
-    TORCH_CHECK(in_features > 0 && in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
+    STD_TORCH_CHECK(in_features > 0 && in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
     if (bias) {
-      const at::Tensor wide = bias->to(at::kFloat).contiguous();
-      TORCH_CHECK(wide.numel() == out_features, "the bias does not match the weight");
-      std::copy_n(wide.const_data_ptr<float>(), out_features, this->bias.begin());
+      STD_TORCH_CHECK(is_bfloat16(*bias) && bias->is_contiguous() && bias->numel() == out_features,
+                      "the bias does not match the weight");
+      std::transform(bits(*bias), bits(*bias) + out_features, this->bias.begin(), widened);
     }
   }
 
-  const at::Tensor weight;
+  const Tensor weight;
   const int64_t out_features, in_features;
   std::vector<float> bias;
   const bool many;
@@ -45,7 +46,7 @@ struct Layer : torch::CustomClassHolder {
 // A layer with W' in place of W for the rows that `edit` names, which is null where there are none.
 struct EditedLayer {
   EditedLayer(const Layer& layer, const RowEdit* edit) : layer(layer), edit(edit) {
-    TORCH_CHECK(edit == nullptr || edit->narrow() == (edit->edits_input ? layer.in_features : layer.out_features),
+    STD_TORCH_CHECK(edit == nullptr || edit->narrow() == (edit->edits_input ? layer.in_features : layer.out_features),
                 "singular vectors that match the layer were expected");
   }
 

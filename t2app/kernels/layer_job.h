@@ -9,22 +9,23 @@
 #include "edit.h"
 #include "job.h"
 #include "layer.h"
+#include "tokens.h"
 
 namespace t2app {
 
 class LayerJob : public Job {
  public:
-  // A layer for `rows` rows, to y.
-  LayerJob(const EditedLayer& edited, int64_t rows, int64_t tokens_of_row, int64_t threads, const at::Tensor& y)
+  // A layer for x, to y (tokens, out_features).
+  LayerJob(const EditedLayer& edited, const Tokens& x, int64_t threads, uint16_t* y)
       : Job(edited.edit == nullptr ? 1 : edited.edits_input() ? 2 : 3),
         layer_(edited.layer),
         edits_input_(edited.edits_input()),
-        rows_(rows),
+        rows_(x.count()),
         n_(layer_.out_features),
         k_(layer_.in_features),
         weight_(bits(layer_.weight)),
-        y_(reinterpret_cast<uint16_t*>(y.mutable_data_ptr<at::BFloat16>())) {
-    if (edited.edit != nullptr) edit_.emplace(*edited.edit, tokens_of_row, threads);
+        y_(y) {
+    if (edited.edit != nullptr) edit_.emplace(*edited.edit, x.of_row, threads);
   }
 
   Stretch reads(int phase) const override {

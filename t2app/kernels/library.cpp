@@ -1,6 +1,6 @@
-// What Python sees of the kernels, as torch.ops.t2app.… and torch.classes.t2app.…
+// What Python calls of the kernels, as torch.ops.t2app.…
 
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include "attention.h"
 #include "decoder.h"
@@ -8,34 +8,108 @@
 #include "layer.h"
 #include "linear.h"
 #include "row_edit.h"
+#include "tensors.h"
 
-TORCH_LIBRARY(t2app, library) {
-  library.def("one_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
+namespace t2app {
 
-  using t2app::Decoder;
-  using t2app::Layer;
-  using t2app::RowEdit;
-  using Bias = std::optional<at::Tensor>;
-  using Edit = std::optional<c10::intrusive_ptr<RowEdit>>;
-  library.class_<RowEdit>("RowEdit")
-      .def(torch::init<at::Tensor, at::Tensor, at::Tensor, bool, int64_t, int64_t>())
-      .def("forward", [](const c10::intrusive_ptr<RowEdit>& self, const at::Tensor& side, const Bias& bias) {
-        return t2app::edited_side(*self, side, bias);
-      });
-  library.class_<Layer>("Layer")
-      .def(torch::init<at::Tensor, Bias, bool>())
-      .def("forward", [](const c10::intrusive_ptr<Layer>& self, const at::Tensor& x, const Edit& edit) {
-        return t2app::linear({{*self, edit ? edit->get() : nullptr}}, x)[0];
-      });
-  library.class_<Decoder>("Decoder")
-      .def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, std::vector<Edit>, std::vector<at::Tensor>, double, int64_t,
-                       double>())
-      .def("forward", &Decoder::forward);
+using MaybeTensor = std::optional<Tensor>;
+
+Tensor make_layer(const Tensor& weight, const MaybeTensor& bias, bool many) { return kept<Layer>(weight, bias, many); }
+
+Tensor make_row_edit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first,
+                     int64_t edited) {
+  return kept<RowEdit>(vectors, scales, delta, edits_input, first, edited);
 }
 
-TORCH_LIBRARY_IMPL(t2app, CPU, library) {
-  library.impl("one_token_attention", [](const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                                         const std::optional<at::Tensor>& mask, double scale) {
-    return t2app::one_token_attention(query, keys, values, mask, scale);
-  });
+Tensor make_decoder(const std::vector<Tensor>& layers, const std::vector<MaybeTensor>& edits,
+                    const std::vector<Tensor>& norms, double epsilon, int64_t head_size, double scale) {
+  return kept<Decoder>(layers, edits, norms, epsilon, head_size, scale);
+}
+
+// A layer's output (…, out_features) for x (…, in_features) in bfloat16, which is (rows, tokens, in_features) where rows
+// are edited.
+Tensor multiply(const Tensor& layer, const Tensor& x, const MaybeTensor& edit) {
+  const Layer& own = kept_in<Layer>(layer);
+  STD_TORCH_CHECK(is_bfloat16(x) && x.dim() > 0, "bfloat16 was expected");
+  STD_TORCH_CHECK(!edit || x.dim() == 3, "(rows, tokens, in_features) was expected");
+  const Tensor in_order = torch::stable::contiguous(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t size = shape.back(), of_row = x.dim() == 3 ? shape[1] : 1;
+  shape.back() = own.out_features;
+  const Tensor result = new_bfloat16(shape);
+  const int64_t count = x.numel() / std::max<int64_t>(size, 1);
+  const Tokens tokens{bits(in_order), count / std::max<int64_t>(of_row, 1), of_row, size};
+  linear({{own, edit ? &kept_in<RowEdit>(*edit) : nullptr}}, tokens, {mutable_bits(result)});
+  return result;
+}
+
+// A layer's narrow side (rows, tokens, narrow) in bfloat16 with its edited rows changed; bias (narrow,): what of it is no
+// part of the product that is edited.
+Tensor edit_side(const Tensor& edit, const Tensor& side, const MaybeTensor& bias) {
+  const RowEdit& own = kept_in<RowEdit>(edit);
+  STD_TORCH_CHECK(is_bfloat16(side) && side.dim() == 3 && side.size(2) == own.narrow() &&
+                      own.first + own.edited <= side.size(0),
+                  "the narrow side (rows, tokens, narrow) of all rows was expected in bfloat16");
+  STD_TORCH_CHECK(!bias || (is_bfloat16(*bias) && bias->is_contiguous() && bias->numel() == own.narrow()),
+                  "the bias does not match the side");
+  const Tensor in_order = torch::stable::contiguous(side), result = torch::stable::empty_like(in_order);
+  const Tokens tokens{bits(in_order), side.size(0), side.size(1), side.size(2)};
+  edited_side(own, tokens, bias ? bits(*bias) : nullptr, mutable_bits(result));
+  return result;
+}
+
+Tensor decode(const Tensor& decoder, const Tensor& x, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
+              const std::vector<Tensor>& values, int64_t length, const MaybeTensor& mask) {
+  return kept_in<Decoder>(decoder).forward(x, cos, sin, keys, values, length, mask);
+}
+
+// The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,
+// size), all bfloat16, size divides by 16; mask (1 or rows, 1, 1, tokens) is true for what a row attends to.
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const MaybeTensor& mask, double scale) {
+  for (const Tensor& tensor : {query, keys, values}) {
+    STD_TORCH_CHECK(is_bfloat16(tensor) && tensor.dim() == 4 && tensor.stride(3) == 1,
+                    "contiguous vectors of bfloat16 were expected");
+  }
+  const int64_t rows = query.size(0), heads = query.size(1), size = query.size(3), tokens = keys.size(2);
+  STD_TORCH_CHECK(query.size(2) == 1 && heads % keys.size(1) == 0, "one query a row was expected");
+  for (const Tensor& tensor : {keys, values}) {
+    STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == keys.size(1) && tensor.size(2) == tokens &&
+                        tensor.size(3) == size && size % kBlock == 0,
+                    "keys and values do not match the query");
+  }
+  STD_TORCH_CHECK(scale > 0, "a scale above 0 was expected");
+  const auto heads_in = [](const Tensor& of) {
+    return Heads{bits(of), of.size(0), of.size(1), of.size(2), of.size(3), of.stride(0), of.stride(1), of.stride(2)};
+  };
+  const Tensor queries = torch::stable::contiguous(query), result = new_bfloat16({rows, 1, heads, size});
+  const Tensor whole_mask = mask ? torch::stable::contiguous(*mask) : query;
+  one_token_attention(heads_in(queries), heads_in(keys), heads_in(values),
+                      mask ? seen_by(whole_mask, rows, tokens) : Seen(), static_cast<float>(scale), mutable_bits(result));
+  return result;
+}
+
+}  // namespace t2app
+
+STABLE_TORCH_LIBRARY(t2app, library) {
+  library.def("make_layer(Tensor weight, Tensor? bias, bool many) -> Tensor");
+  library.def(
+      "make_row_edit(Tensor vectors, Tensor scales, Tensor delta, bool edits_input, int first, int edited) -> Tensor");
+  library.def(
+      "make_decoder(Tensor[] layers, Tensor?[] edits, Tensor[] norms, float epsilon, int head_size, float scale) -> Tensor");
+  library.def("multiply(Tensor layer, Tensor x, Tensor? edit) -> Tensor");
+  library.def("edit_side(Tensor edit, Tensor side, Tensor? bias) -> Tensor");
+  library.def(
+      "decode(Tensor decoder, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, int length, Tensor? mask) "
+      "-> Tensor");
+  library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(t2app, CPU, library) {
+  library.impl("make_layer", TORCH_BOX(&t2app::make_layer));
+  library.impl("make_row_edit", TORCH_BOX(&t2app::make_row_edit));
+  library.impl("make_decoder", TORCH_BOX(&t2app::make_decoder));
+  library.impl("multiply", TORCH_BOX(&t2app::multiply));
+  library.impl("edit_side", TORCH_BOX(&t2app::edit_side));
+  library.impl("decode", TORCH_BOX(&t2app::decode));
+  library.impl("attend", TORCH_BOX(&t2app::attend));
 }

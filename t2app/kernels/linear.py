@@ -10,10 +10,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import ScriptObject, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, kernel_class
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic
 
 FEW_KERNEL, MANY_KERNEL = "few", "many"
 # Up to how many rows the first kernel is the fastest that there is: where the other one multiplies bfloat16 as it is,
@@ -37,16 +37,51 @@ class PackedVectors(NamedTuple):
     scales: Tensor
 
 
-class EditedKernel(NamedTuple):
-    """A layer as a plan has it.
+class RowEdit:
+    """What is done to some rows of a batch at one layer's narrow side. A `Layer` takes it into its own kernels.
 
-    Attributes:
-        kernel: of a `FastLinear`.
-        edit: a `row_edit`; None where no row is edited.
+    Args:
+        vectors: of the layer's narrow side.
+        edits_input: whether the narrow side is the input, or the output.
+        rows: those that are edited.
+        delta: z − 1 (1 or edited rows, rank) in float32.
     """
 
-    kernel: ScriptObject
-    edit: ScriptObject | None
+    def __init__(self, vectors: PackedVectors, edits_input: bool, rows: slice, delta: Tensor):
+        count = rows.stop - rows.start
+        self.kept = torch.ops.t2app.make_row_edit(*vectors, delta, edits_input, rows.start, count)
+
+    def __call__(self, side: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The narrow side (rows, tokens, narrow) in bfloat16 of a layer that has no kernel, its edited rows changed.
+
+        Args:
+            bias: what of `side` is no part of the product that is edited.
+        """
+        return torch.ops.t2app.edit_side(self.kept, side, bias)
+
+
+class Layer:
+    """A linear layer in bfloat16 that multiplies by one of the kernels, without a gradient.
+
+    Args:
+        many: whether by the one for many rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, many: bool):
+        self.kept = torch.ops.t2app.make_layer(weight, bias, many)
+
+    def __call__(self, x: Tensor, edit: RowEdit | None = None) -> Tensor:
+        """Wx + bias for x (…, in_features), and with an edit, where x is (rows, tokens, in_features), W'x + bias for
+        the edited rows.
+        """
+        return torch.ops.t2app.multiply(self.kept, x, None if edit is None else edit.kept)
+
+
+class EditedLayer(NamedTuple):
+    """A layer as a plan has it; `edit` is None where no row is edited."""
+
+    layer: Layer
+    edit: RowEdit | None
 
 
 def pack_vectors(vectors: Tensor) -> PackedVectors | None:
@@ -72,23 +107,8 @@ def integers_in_order(vectors: PackedVectors, dtype: torch.dtype) -> Tensor:
     return torch.stack((even, odd), -1).view(vectors.integers.shape)
 
 
-def row_edit(vectors: PackedVectors, edits_input: bool, rows: slice, delta: Tensor) -> ScriptObject:
-    """What is done to some rows of a batch at one layer's narrow side.
-
-    A `FastLinear` takes it into its kernels. For another layer its `forward` takes the narrow side in bfloat16 (rows,
-    tokens, narrow), and the bias where that is in it or None, and gives the side with its edited rows changed.
-
-    Args:
-        vectors: of the layer's narrow side.
-        edits_input: whether the narrow side is the input, or the output.
-        rows: those that are edited.
-        delta: z − 1 (1 or edited rows, rank) in float32.
-    """
-    return kernel_class("RowEdit")(*vectors, delta, edits_input, rows.start, rows.stop - rows.start)
-
-
 def edits_fast(tokens: int) -> bool:
-    """Whether a `row_edit` is faster than torch's products for so many tokens of all rows together."""
+    """Whether a `RowEdit` is faster than torch's products for so many tokens of all rows together."""
     return tokens <= MANY_ROWS
 
 
@@ -100,14 +120,14 @@ class FastLinear(nn.Linear):
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self._kernels: dict[str, ScriptObject] = {}
+        self._kernels: dict[str, Layer] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x, self.weight):
             return F.linear(x, self.weight, self.bias)
         kernel = self.kernel_for(x.numel() // x.shape[-1])
         if kernel is not None:
-            return kernel.forward(x, None)
+            return kernel(x)
         rows = x.reshape(-1, x.shape[-1])
         if has_bfloat16_arithmetic():
             y = F.linear(rows, self.weight, self.bias)
@@ -116,27 +136,20 @@ class FastLinear(nn.Linear):
             y = F.linear(rows.float(), self.weight.float(), bias).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def kernel_for(self, tokens: int) -> ScriptObject | None:
+    def kernel_for(self, tokens: int) -> Layer | None:
         """The fastest kernel for so many tokens of all rows together; None where there is none."""
         kind = _fastest_kernel(tokens, self.in_features)
         return None if kind is None else self.kernel(kind)
 
-    def edited_kernel(self, rows: int, tokens: int) -> EditedKernel | None:
+    def edited_kernel(self, rows: int, tokens: int) -> EditedLayer | None:
         """What the layer is for so many tokens of each of so many rows; `SpectralLinear` has the same."""
         kernel = self.kernel_for(rows * tokens)
-        return None if kernel is None else EditedKernel(kernel, None)
+        return None if kernel is None else EditedLayer(kernel, None)
 
-    def kernel(self, kind: str) -> ScriptObject:
-        """An object whose `forward` takes x (…, in_features) and a `row_edit` or None, and gives Wx + bias, and with an
-        edit, where x is (rows, tokens, in_features), W'x + bias for the edited rows.
-
-        It has no gradient.
-
-        Args:
-            kind: `FEW_KERNEL` or `MANY_KERNEL`.
-        """
+    def kernel(self, kind: str) -> Layer:
+        """The kernel of a kind, `FEW_KERNEL` or `MANY_KERNEL`."""
         if kind not in self._kernels:
-            self._kernels[kind] = kernel_class("Layer")(self.weight, self.bias, kind == MANY_KERNEL)
+            self._kernels[kind] = Layer(self.weight, self.bias, kind == MANY_KERNEL)
         return self._kernels[kind]
 
 

@@ -2,9 +2,8 @@
 
 #pragma once
 
-#include <torch/custom_class.h>
-
-#include "bfloat16.h"
+#include "tensors.h"
+#include "vector.h"
 
 namespace t2app {
 
@@ -12,25 +11,24 @@ namespace t2app {
 // together.
 constexpr int64_t kEditBlock = 64;
 
-struct RowEdit : torch::CustomClassHolder {
+struct RowEdit : Kept {
   // s + V((z − 1) ⊙ Vᵀs) for the narrow side s of `edited` rows from `first` on.
   //
   // vectors (rank, narrow) in int8, from −127 on, a singular vector a row, in even-first order; a vector is scale · integers, with the
   // scales (rank,) in float32. delta (1 or edited rows, rank) is z − 1 in float32. edits_input: whether the narrow side
   // is the layer's input, or its output.
-  RowEdit(const at::Tensor& vectors, const at::Tensor& scales, const at::Tensor& delta, bool edits_input, int64_t first,
-          int64_t edited)
+  RowEdit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first, int64_t edited)
       : vectors(vectors), edits_input(edits_input), first(first), edited(edited), shared_(delta.size(0) == 1) {
-    TORCH_CHECK(vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == at::kChar &&
+    STD_TORCH_CHECK(vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Char &&
                     narrow() % kEditBlock == 0 && rank() % kBlock == 0,
                 "singular vectors in int8, of ", kEditBlock, "·n, were expected");
-    TORCH_CHECK(delta.scalar_type() == at::kFloat && delta.dim() == 2 && delta.size(1) == rank() &&
+    STD_TORCH_CHECK(delta.scalar_type() == ScalarType::Float && delta.dim() == 2 && delta.size(1) == rank() &&
                     (shared_ || delta.size(0) == edited),
                 "z - 1 does not match the rows or the rank");
-    TORCH_CHECK(first >= 0 && edited > 0, "rows to edit were expected");
-    TORCH_CHECK(scales.scalar_type() == at::kFloat && scales.is_contiguous() && scales.numel() == rank(),
+    STD_TORCH_CHECK(first >= 0 && edited > 0, "rows to edit were expected");
+    STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() && scales.numel() == rank(),
                 "a scale in float32 was expected for each singular vector");
-    const at::Tensor in_order = delta.contiguous();
+    const Tensor in_order = torch::stable::contiguous(delta);
     const float *d = in_order.const_data_ptr<float>(), *s = scales.const_data_ptr<float>();
     factors_.resize(delta.numel());
     for (int64_t row = 0; row < delta.size(0); ++row) {
@@ -44,7 +42,7 @@ struct RowEdit : torch::CustomClassHolder {
   // By what the coordinates of an edited row, counted from 0, along each vector are multiplied: (rank,).
   const float* factors_of(int64_t row) const { return factors_.data() + (shared_ ? 0 : row * rank()); }
 
-  const at::Tensor vectors;
+  const Tensor vectors;
   const bool edits_input;
   const int64_t first, edited;
 

@@ -5,10 +5,6 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -94,17 +90,5 @@ struct ScratchAllocator {
 
 template <typename T>
 using Scratch = std::vector<T, ScratchAllocator<T>>;
-
-// How a function makes the tensor that it gives.
-using MakeTensor = at::Tensor (*)(at::IntArrayRef shape, const at::TensorOptions& options);
-
-inline at::Tensor new_tensor(at::IntArrayRef shape, const at::TensorOptions& options) { return at::empty(shape, options); }
-
-// A tensor of scratch memory, which has to end on the thread that it is made on.
-inline at::Tensor scratch_tensor(at::IntArrayRef shape, const at::TensorOptions& options) {
-  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
-  const auto give_back = [](void* memory) { ScratchMemory::of_this_thread().give_back(memory); };
-  return at::from_blob(ScratchMemory::of_this_thread().take(bytes), shape, give_back, options);
-}
 
 }  // namespace t2app

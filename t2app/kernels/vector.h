@@ -60,6 +60,29 @@ constexpr int64_t kBlock = 2 * kLanes;
 // Where element i of a row stands once each block holds its even elements first.
 inline int64_t place(int64_t i) { return i - i % kBlock + i % 2 * kLanes + i % kBlock / 2; }
 
+// exp of what is not above 0, within float32's rounding; exactly 0 below -87, where float32 ends, and of what is no number.
+inline Floats exponential(Floats x) {
+  const Floats least = all(-87.0f);
+  const Floats bounded = _mm256_max_ps(x, least);
+  // exp x = 2ⁿ exp r with |r| ≤ ln 2 / 2; ln 2 in two parts, so that n · ln 2 is not rounded.
+  const Floats n = _mm256_round_ps(bounded * all(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), bounded));
+  Floats series = all(1.0f / 720);
+  for (const float coefficient : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    series = multiply_add(series, r, all(coefficient));
+  }
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  const Floats result = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(series), power));
+  return _mm256_and_ps(result, _mm256_cmp_ps(x, least, _CMP_GT_OQ));
+}
+
+// x / (1 + exp −x), by an exponential of what is not above 0.
+inline Floats silu(Floats x) {
+  const Floats sign = all(-0.0f), small = exponential(_mm256_or_ps(x, sign));
+  const Floats one = all(1.0f), numerator = _mm256_blendv_ps(one, small, x);
+  return x * (numerator / (one + small));
+}
+
 // A block in order, from even-first.
 inline void put_in_order(const float* even_first, float* target) {
   const Floats even = load(even_first), odd = load(even_first + kLanes);

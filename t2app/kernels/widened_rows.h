@@ -40,11 +40,10 @@ void multiply_few(const float* x, int64_t rows, const uint16_t* weight, int64_t 
 
 class WidenedRows : public LayerJob {
  public:
-  WidenedRows(const EditedLayer& edited, const at::Tensor& x, int64_t rows, int64_t tokens_of_row, int64_t threads,
-              const at::Tensor& y)
-      : LayerJob(edited, rows, tokens_of_row, threads, y), x_(rows * k_) {
-    for (int64_t row = 0; row < rows; ++row) put_even_first(bits(x) + row * k_, k_, x_.data() + row * k_);
-    if (edited.edits_output()) product_.resize(rows * n_);
+  WidenedRows(const EditedLayer& edited, const Tokens& x, int64_t threads, uint16_t* y)
+      : LayerJob(edited, x, threads, y), x_(rows_ * k_) {
+    for (int64_t row = 0; row < rows_; ++row) put_even_first(x.data + row * k_, k_, x_.data() + row * k_);
+    if (edited.edits_output()) product_.resize(rows_ * n_);
   }
 
  private:
