@@ -94,8 +94,8 @@ inline Tensor attention_of_several(const Heads& queries, const Heads& keys, cons
   const bool is_causal = !added, shares_heads = queries.heads != keys.heads;
   std::array stack{from(tensor(queries)), from(tensor(keys)), from(tensor(values)), from(added), from(0.0), from(is_causal),
                    from(std::optional(scale)), from(shares_heads)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION));
+  const auto error = torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch's attention failed");
   Tensor attended = torch::stable::detail::to<Tensor>(stack[0]);
   return torch::stable::contiguous(torch::stable::transpose(attended, 1, 2));
 }
