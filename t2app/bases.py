@@ -11,7 +11,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load, save_file
 
-from t2app.checkpoints import Progress, cache_folder
+from t2app.cache import cache_folder
+from t2app.checkpoints import Progress
 from t2app.spectral import Basis, basis_of, linear_layer
 from t2app.weights import CheckpointWeights
 

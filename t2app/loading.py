@@ -2,10 +2,11 @@
 
 import logging
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from t2app.catalogue import CATALOGUE, entry_of
-from t2app.messages import Limits
+from t2app.messages import DEFAULT_DISPATCH, Limits
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
@@ -97,6 +98,10 @@ class EngineLoader:
                 self._engine = None
             self._report("Starting", None)
             # Imported here and not above: torch and transformers take longer to import than the page takes to be shown.
+            # And in this order: the compiler begins beside the import of transformers, the longer of the two.
+            from t2app.kernels.build import kernels_ahead
+
+            kernels_ahead(self.precision)
             from t2app.engine import Engine
             from t2app.models import load_model
 
@@ -110,7 +115,10 @@ class EngineLoader:
             # `engine` raises it where somebody can see it: the sentence alone, the error would keep what was loaded.
             self._failure = str(error) or type(error).__name__
         finally:
+            engine = self._engine
             self._done.set()
+        if engine is not None:
+            _prepare_first_pass(engine)
 
     def _models_that_fit(self) -> tuple[str, ...]:
         from t2app.machine import fits
@@ -123,3 +131,11 @@ class EngineLoader:
 
     def _report(self, message: str, share: float | None) -> None:
         self.message, self.share = message, share
+
+
+def _prepare_first_pass(engine: "Engine") -> None:
+    """Have what it needs once made before anybody has typed a prompt, unless another model is chosen meanwhile."""
+    from t2app.scheduler import EngineError
+
+    with suppress(EngineError):
+        engine.dispatcher(DEFAULT_DISPATCH)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -33,9 +32,10 @@ from t2app.catalogue import (
     pool_folder,
     title_of,
 )
-from t2app.checkpoints import ModelError, Progress, cache_folder, checkpoint_of
+from t2app.checkpoints import ModelError, Progress, checkpoint_of
 from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
-from t2app.kernels import has_bfloat16_arithmetic, load_kernels, use_kernels
+from t2app.kernels.build import has_bfloat16_arithmetic, kernel_folder, kernels_ahead
+from t2app.kernels.model import use_kernels
 from t2app.layer_paths import block_linear_paths
 from t2app.pictures import PictureError
 from t2app.spectral import SpectralModel, fingerprint, linear_layer
@@ -132,7 +132,7 @@ def load_model(
     together = processes()
     precision = resolve_precision(precision, many_rows)
     transformers_logging.disable_progress_bar()
-    kernels = _kernels_ahead(precision, together.device)
+    kernels = kernels_ahead(precision)
     checkpoint = checkpoint_of(name, progress)
     progress("Loading the model", None)
     try:
@@ -165,7 +165,7 @@ def load_model(
     if kernels is not None and not kernels.done():
         progress("Compiling the kernels (once)", None)
         kernels.result()
-    use_kernels(model, _kernel_folder())
+    use_kernels(model, kernel_folder())
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
     eos = model.generation_config.eos_token_id
@@ -181,20 +181,6 @@ def load_model(
         context_length=model.config.get_text_config().max_position_embeddings,
         processor=processor,
     )
-
-
-def _kernel_folder() -> Path:
-    return cache_folder() / "kernels"
-
-
-def _kernels_ahead(precision: str, device: torch.device) -> Future[bool] | None:
-    """The kernels on their way, where a model in this precision will use them.
-
-    They take the compiler as long as the bases take us, and the conversion of a checkpoint leaves a processor idle.
-    """
-    if precision == "fp32" or device.type != "cpu":
-        return None
-    return ThreadPoolExecutor(1).submit(load_kernels, _kernel_folder())
 
 
 def processes() -> PartialState:

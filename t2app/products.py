@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from t2app.kernels import has_bfloat16_arithmetic
+from t2app.kernels.build import has_bfloat16_arithmetic
 
 
 def edited(side: Tensor, rows: slice | Tensor, vectors: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels import (
+from t2app.kernels.linear import (
     EditedLayer,
     FastLinear,
     RowEdit,

@@ -17,7 +17,7 @@ from t2app.dispatch.wordings import CALIBRATIONS
 from t2app.engine import Engine, PromptError
 from t2app.evaluation import confusion_table, evaluate_dispatch
 from t2app.experts import Expert, ExpertError, mix
-from t2app.kernels import has_fast_linears
+from t2app.kernels.linear import has_fast_linears
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT, PROMPT_SOFT, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import Model, load_model
 from t2app.parts import next_part, whole

@@ -12,18 +12,19 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from t2app.checkpoints import cache_folder
-from t2app.kernels import (
+from t2app.cache import cache_folder
+from t2app.kernels.attention import fast_attention
+from t2app.kernels.build import INSTRUCTIONS, compiled_for, compiler_command, has_bfloat16_arithmetic
+from t2app.kernels.linear import (
+    FEW_KERNEL,
+    MANY_KERNEL,
+    MANY_ROWS,
     FastLinear,
     RowEdit,
-    has_bfloat16_arithmetic,
     integers_in_order,
     pack_vectors,
-    use_kernels,
 )
-from t2app.kernels.attention import fast_attention
-from t2app.kernels.build import INSTRUCTIONS, compiled_for, compiler_command
-from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL, MANY_ROWS
+from t2app.kernels.model import use_kernels
 from t2app.key_values import GrowingCache
 from t2app.layer_paths import block_linear_paths
 from t2app.products import edited
@@ -452,7 +453,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from t2app.kernels import use_kernels
+from t2app.kernels.model import use_kernels
 model = nn.Sequential(nn.Linear(16, 32, dtype=torch.bfloat16))
 use_kernels(model, Path(sys.argv[1]))
 print(type(model[0]) is nn.Linear)

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from t2app.cache import cache_folder
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL, FOUR_BIT, entry_of, expert_files, title_of
-from t2app.checkpoints import ModelError, cache_folder
+from t2app.checkpoints import ModelError
 from t2app.decoding import collected, decode
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.families import random_model
-from t2app.kernels import pack_vectors, use_kernels
+from t2app.kernels.linear import pack_vectors
+from t2app.kernels.model import use_kernels
 from t2app.layer_paths import block_linear_paths
 from t2app.machine import fits, memory_bytes
 from t2app.messages import Sampling

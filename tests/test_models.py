@@ -160,7 +160,7 @@ def test_cache_may_move_to_another_folder_while_a_process_runs(tiny_folder, tmp_
     # In a process of its own: a compiled kernel that is loaded twice ends it.
     script = f"""
 import os, shutil
-from t2app.checkpoints import cache_folder
+from t2app.cache import cache_folder
 from t2app.models import load_model
 load_model({str(tiny_folder)!r}, "bf16", layers=lambda path: False)
 shutil.copytree(cache_folder(), {str(tmp_path / "cache")!r}, ignore=shutil.ignore_patterns("models", "bases"))

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from t2app.catalogue import DEFAULT_MODEL
 from t2app.engine import Engine, EngineError
+from t2app.kernels.linear import has_fast_linears
 from t2app.key_values import GrowingCache
 from t2app.loading import EngineLoader, LoadingError
 from t2app.messages import MANUAL, PROMPT, Finished, Sampling
@@ -137,3 +139,15 @@ def test_answer_without_memory_for_it_ends_in_a_sentence_and_the_next_is_answere
     assert [cache() for cache in caches] == [None] * number
     last = answer(engine)[-1]
     assert (last.base, last.adapted) == (expected.base, expected.adapted)
+
+
+def test_first_pass_is_made_fast_before_anybody_asks():
+    loading = EngineLoader(DEFAULT_MODEL, "bf16")
+    loading.start()
+    adapted = loading.engine().model.adapted
+    if not has_fast_linears(adapted.model):
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
+    deadline = time.monotonic() + 120
+    while any(layer.merged is None for layer in adapted.layers.values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(layer.merged is not None for layer in adapted.layers.values())

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels import FastLinear, RowEdit
-from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL
+from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL, FastLinear, RowEdit
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear

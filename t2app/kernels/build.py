@@ -6,11 +6,14 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
+
+from t2app.cache import cache_folder
 
 # What a row's length must divide by: bfloat16 in a register of AVX2.
 WIDTH = 16
@@ -42,6 +45,27 @@ def _has_vnni() -> bool:
 def has_bfloat16_arithmetic() -> bool:
     """Whether the CPU multiplies bfloat16 itself, as only CPUs with VNNI do; torch then does so well for many rows."""
     return _has_vnni() and torch.cpu._is_avx512_bf16_supported()
+
+
+def kernel_folder() -> Path:
+    """Where the compiled kernels are kept."""
+    return cache_folder() / "kernels"
+
+
+def kernels_ahead(precision: str) -> Future[bool] | None:
+    """The kernels on their way, the same however often it is called; None where a model in this precision has none.
+
+    They take the compiler as long as it takes to import transformers, which leaves a processor idle, as the conversion
+    of a checkpoint does.
+    """
+    if precision == "fp32" or torch.cuda.is_available():
+        return None
+    return _ahead(kernel_folder())
+
+
+@cache
+def _ahead(folder: Path) -> Future[bool]:
+    return ThreadPoolExecutor(1).submit(load_kernels, folder)
 
 
 def load_kernels(folder: Path) -> bool:

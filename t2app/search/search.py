@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from t2app.evaluation import BASE
 from t2app.experts import Alpha, mix, share
@@ -57,7 +57,7 @@ def chosen(right: Mapping[Point, np.ndarray], scores: Mapping[Point, Score], alo
     # Of one example the error is not known, and nothing is beyond doubt.
     if not others or examples == 1:
         return best
-    standard_errors = student.ppf(1 - _RISK / len(others), examples - 1)
+    standard_errors = stdtrit(examples - 1, 1 - _RISK / len(others))
     ahead = {}
     for point in others:
         lead = right[point] - right[best]

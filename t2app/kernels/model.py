@@ -1,0 +1,25 @@
+"""A model that decodes by the kernels."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from t2app.kernels.attention import use_fast_attention
+from t2app.kernels.build import load_kernels
+from t2app.kernels.decoder import use_fast_decoders
+from t2app.kernels.linear import use_fast_linears
+
+
+def use_kernels(model: nn.Module, folder: Path) -> None:
+    """Let a bfloat16 model on the CPU decode by the kernels, where the CPU (AVX2) and a compiler allow that.
+
+    Args:
+        folder: where the compiled kernels are kept.
+    """
+    weights = next(model.parameters())
+    if weights.device.type != "cpu" or weights.dtype != torch.bfloat16 or not load_kernels(folder):
+        return
+    use_fast_linears(model)
+    use_fast_attention(model)
+    use_fast_decoders(model)
