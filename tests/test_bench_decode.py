@@ -10,7 +10,7 @@ from t2app.bench.decode import answering_ways, decode_figures
 from t2app.bench.generate import generate, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
-from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes
+from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes, weight_operations
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
 from t2app.checkpoints import gguf_of
 from t2app.decoding import collected, decode
@@ -97,6 +97,15 @@ def test_bytes_of_a_step_are_those_of_the_whole_model_and_the_bases(model):
     assert read.both - read.base == bases > 0
 
 
+def test_operations_of_a_step_are_two_for_each_weight_and_row(model):
+    shape, ranks = CATALOGUE[DEFAULT_MODEL].shape, [layer.rank for layer in model.adapted.layers.values()]
+    # Norms are multiplied too, but by no matrix.
+    norms = (2 * shape.blocks + 1) * shape.width
+    assert weight_operations(model, 3, 0) == 2 * 3 * (shape.parameters - norms)
+    edits = weight_operations(model, 3, 2) - weight_operations(model, 3, 0)
+    assert edits == 2 * 2 * 2 * sum(rank**2 for rank in ranks) > 0
+
+
 def test_times_of_a_step_are_seen_by_kind_and_leave_the_model_as_it_was(model):
     base, both = (stepper(model, rows, 3) for rows in ([None], [None, even_mixture(model)]))
     linear = []
@@ -111,11 +120,13 @@ def test_times_of_a_step_are_seen_by_kind_and_leave_the_model_as_it_was(model):
 def test_profile_prints_shares_that_make_a_whole_step():
     figures = {figure.figure: figure for figure in bench_profile(DEFAULT_MODEL, "bf16", steps=1)}
     kinds = ["products", "attention", "head", "elementwise", "choice", "rest"]
-    for row, of_row in (("base", kinds), ("both", [*kinds, "edits"])):
+    for row, of_row in (("base", kinds), ("both", [*kinds, "edits"]), ("eight", [*kinds, "edits"])):
         shares = {kind: figures[f"{row}_{kind}_share"].value for kind in of_row}
         assert sum(shares.values()) == pytest.approx(1)
         floor, step = figures[f"{row}_floor"].value, figures[f"{row}_step"].value
         assert figures[f"{row}_bandwidth_share"].value == pytest.approx(floor / step)
+        arithmetic_floor = figures[f"{row}_arithmetic_floor"].value
+        assert figures[f"{row}_arithmetic_share"].value == pytest.approx(arithmetic_floor / step)
     read = figures["blocks_read"].value + figures["head_read"].value
     assert figures["base_floor"].value == pytest.approx(read / figures["read_bandwidth"].value)
 

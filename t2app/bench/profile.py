@@ -1,9 +1,13 @@
-"""Where the time of a decoding step goes, and how near it comes to reading its weights once.
+"""Where the time of a decoding step goes, and how near it comes to what the machine allows.
 
-No step is faster than the memory gives its weights: that is the floor. What the memory gives is measured beside the
-steps, since a virtual machine's part of it changes. Where the time goes is told by torch's profiler, by the module that
-an operation runs in. The profiler makes a step slower, but hardly an operation; so the operations' times are held
-against a step without it, and what they leave is the rest: Python, and what PyTorch does around its operations.
+No step is faster than the memory gives its weights: that is the floor of a step for one user. A step for many is soon
+bound by the processor, which multiplies every row by them; there the floor is the time that torch's product of large
+matrices takes for as many operations. Both are measured beside the steps, since a virtual machine's part of memory and
+processor changes.
+
+Where the time goes is told by torch's profiler, by the module that an operation runs in. The profiler makes a step
+slower, but hardly an operation; so the operations' times are held against a step without it, and what they leave is the
+rest: Python, and what PyTorch does around its operations.
 """
 
 import os
@@ -14,9 +18,10 @@ from functools import partial
 from torch import nn
 from torch.autograd.profiler import profile, record_function
 
+from t2app.bench.arithmetic import Multiplication
 from t2app.bench.figure import Figure, figure_of
 from t2app.bench.memory import MemoryReading
-from t2app.bench.step import even_mixture, step_seconds, stepper, weight_bytes
+from t2app.bench.step import even_mixture, step_seconds, stepper, weight_bytes, weight_operations
 from t2app.models import Model, load_model
 from t2app.spectral import SpectralLinear
 
@@ -29,13 +34,18 @@ _KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
 _BLOCKS = "t2app::decode"
 _KINDS_IN_BLOCKS = {"t2app::linear": _LINEAR, "t2app::attention": _ATTENTION}
 
+_USERS = 8
+_PLAIN_EIGHT = "as many rows, none of them adapted"
+
 
 def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[Figure]:
-    """The memory's read bandwidth, the weights' bytes and so a step's floor, and a step's time by what it is spent on.
+    """What memory and processor give, a step's floors by that, and a step's time by what it is spent on.
 
-    `…_bandwidth_share` is the floor over the step: at 1 a step does nothing but read its weights at full speed. The
-    other shares are of the time of the step before, which is not profiled. Of the blocks' linear layers, `products` is
-    what they take in a step of the base model, and `edits` what they take more in one of both answers.
+    Steps are of the base model alone, of both answers, and of eight users' both answers, each by a mixture of its own.
+    `…_bandwidth_share` is the memory's floor over the step: at 1 a step does nothing but read its weights at full
+    speed. `…_arithmetic_share` is the same of the processor's floor; the bytes of an edit count as its other numbers
+    do. The other shares are of the time of the step before, which is not profiled. Of the blocks' linear layers,
+    `products` is what they take in a step that adapts no row, and `edits` what they take more in one of both answers.
 
     Args:
         steps: how many of each are measured.
@@ -46,29 +56,46 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
     model = load_model(model_name, precision)
     if model.adapted.model.device.type != "cpu":
         raise ValueError("the bench 'profile' sees a CPU's time only; a GPU's steps are measured by 'decode'")
-    mixtures = {"base": [None], "both": [None, even_mixture(model)]}
+    mixtures = {
+        "base": [None],
+        "both": [None, even_mixture(model)],
+        _PLAIN_EIGHT: [None] * 2 * _USERS,
+        "eight": [row for user in range(1, 1 + _USERS) for row in (None, even_mixture(model, user / _USERS))],
+    }
     read = weight_bytes(model)
     for name, bytes_ in (("blocks", read.blocks), ("head", read.head), ("bases", read.bases)):
         yield figure_of("profile", f"{name}_read", [bytes_ / 1e6], "MB")
     streams = {name: stepper(model, rows, 3 * steps) for name, rows in mixtures.items()}
-    memory = MemoryReading(model.adapted.model.device)
+    memory, arithmetic = MemoryReading(model.adapted.model.device), Multiplication()
     reading: list[float] = []
+    multiplying: list[float] = []
     times: dict[str, list[float]] = {name: [] for name in streams}
     by_kind: dict[str, list[dict[str, float]]] = {name: [] for name in streams}
     for _ in range(steps):
         reading.append(memory.seconds_per_byte())
+        multiplying.append(arithmetic.seconds_per_operation())
         for name, step in streams.items():
             times[name].append(step_seconds(step))
             by_kind[name].append(times_by_kind(model, step))
     yield figure_of("profile", "read_bandwidth", [1e-9 / value for value in reading], "GB/s")
-    for name, bytes_ in (("base", read.base), ("both", read.both)):
+    yield figure_of("profile", "multiplied", [1e-9 / value for value in multiplying], "GFLOP/s")
+    for name, plain, bytes_ in (
+        ("base", "base", read.base),
+        ("both", "base", read.both),
+        ("eight", _PLAIN_EIGHT, read.both),
+    ):
+        rows = mixtures[name]
         floors = [value * bytes_ for value in reading]
+        operations = weight_operations(model, len(rows), sum(row is not None for row in rows))
+        arithmetic_floors = [value * operations for value in multiplying]
         yield figure_of("profile", f"{name}_floor", [1e3 * floor for floor in floors], "ms")
+        yield figure_of("profile", f"{name}_arithmetic_floor", [1e3 * floor for floor in arithmetic_floors], "ms")
         yield figure_of("profile", f"{name}_step", [1e3 * time for time in times[name]], "ms")
-        spent = {"bandwidth": floors, "products": [kinds[_LINEAR] for kinds in by_kind["base"]]}
-        if name == "both":
-            linear = [kinds[_LINEAR] for kinds in by_kind["both"]]
-            spent["edits"] = [both - base for both, base in zip(linear, spent["products"], strict=True)]
+        products = [kinds[_LINEAR] for kinds in by_kind[plain]]
+        spent = {"bandwidth": floors, "arithmetic": arithmetic_floors, "products": products}
+        if name != plain:
+            linear = [kinds[_LINEAR] for kinds in by_kind[name]]
+            spent["edits"] = [both - base for both, base in zip(linear, products, strict=True)]
         for kind in _KINDS[1:]:
             spent[kind] = [kinds[kind] for kinds in by_kind[name]]
         spent["rest"] = [time - sum(kinds.values()) for time, kinds in zip(times[name], by_kind[name], strict=True)]

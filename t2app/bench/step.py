@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
 from t2app.bench.figure import seconds
 from t2app.decoding import Batch
@@ -18,13 +19,13 @@ _CONTEXT_TOKENS = 64
 _WARM_UP = 10  # more than precede the recording of a step on a GPU
 
 
-def even_mixture(model: Model) -> Deltas:
-    """All of the model's experts at once, each with α = 1: what is measured does not depend on which are mixed.
+def even_mixture(model: Model, alpha: float = 1.0) -> Deltas:
+    """All of the model's experts at once, each with the same α: what is measured does not depend on which are mixed.
 
     Raises:
         ValueError: the model has no expert to measure with.
     """
-    mixture = mix(model.experts, {expert.name: 1.0 for expert in model.experts})
+    mixture = mix(model.experts, {expert.name: alpha for expert in model.experts})
     if mixture is None:
         raise ValueError(f"{model.name} has no expert to measure with")
     return mixture
@@ -95,6 +96,16 @@ def weight_bytes(model: Model) -> WeightBytes:
         head=head.nbytes,
         bases=sum(_read_of(layer) for layer in model.adapted.layers.values()),
     )
+
+
+def weight_operations(model: Model, rows: int, edited_rows: int) -> int:
+    """The multiplications and additions of a step of so many rows with all weights, and with the edited ones' bases."""
+    transformer = model.adapted.model
+    linear = [module for module in transformer.modules() if isinstance(module, nn.Linear)]
+    weights = sum(layer.in_features * layer.out_features for layer in linear)
+    # An edit's singular vectors are multiplied twice: for the coordinates, and by them.
+    bases = sum(2 * layer.rank**2 for layer in model.adapted.layers.values())
+    return 2 * (rows * weights + edited_rows * bases)
 
 
 def _read_of(layer: SpectralLinear) -> int:
