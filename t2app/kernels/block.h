@@ -84,16 +84,10 @@ inline void rotate(const uint16_t* head, const uint16_t* cos, const uint16_t* si
 inline Tensor attention_of_several(const Heads& queries, const Heads& keys, const Heads& values,
                                    const std::optional<Tensor>& added, double scale) {
   const Recorded recorded(kAttention);
-  const auto tensor = [](const Heads& heads) {
-    const std::vector<int64_t> shape{heads.rows, heads.heads, heads.tokens, heads.size};
-    const std::vector<int64_t> strides{heads.row_stride, heads.head_stride, heads.token_stride, 1};
-    return torch::stable::from_blob(const_cast<uint16_t*>(heads.data), shape, strides,
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::BFloat16);
-  };
   using torch::stable::detail::from;
   const bool is_causal = !added, shares_heads = queries.heads != keys.heads;
-  std::array stack{from(tensor(queries)), from(tensor(keys)), from(tensor(values)), from(added), from(0.0), from(is_causal),
-                   from(std::optional(scale)), from(shares_heads)};
+  std::array stack{from(tensor_of(queries)), from(tensor_of(keys)), from(tensor_of(values)), from(added),
+                   from(0.0), from(is_causal), from(std::optional(scale)), from(shares_heads)};
   const auto error = torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack.data(), TORCH_ABI_VERSION);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch's attention failed");
   Tensor attended = torch::stable::detail::to<Tensor>(stack[0]);

@@ -57,8 +57,7 @@ struct Decoder : Kept {
     const Tensor in_order = torch::stable::contiguous(x);
     Scratch<uint16_t> hidden(bits(in_order), bits(in_order) + elements);
     for (size_t block = 0; block < blocks_.size(); ++block) {
-      blocks_[block].forward(hidden.data(), pass, heads(keys[block], rows, tokens, length),
-                             heads(values[block], rows, tokens, length));
+      blocks_[block].forward(hidden.data(), pass, seen(keys[block], pass, length), seen(values[block], pass, length));
     }
     const Tensor result = new_bfloat16({rows, tokens, blocks_[0].hidden()});
     normalize_rows(hidden.data(), rows * tokens, norm_, epsilon_, mutable_bits(result));
@@ -73,12 +72,11 @@ struct Decoder : Kept {
     return bits(of);
   }
 
-  MutableHeads heads(const Tensor& of, int64_t rows, int64_t tokens, int64_t length) const {
-    STD_TORCH_CHECK(is_bfloat16(of) && of.dim() == 4 && of.size(0) == rows && of.size(3) == head_size_ &&
-                        of.stride(3) == 1 && tokens <= length && length <= of.size(2),
+  MutableHeads seen(const Tensor& of, const Pass& pass, int64_t length) const {
+    const MutableHeads heads = heads_of(of);
+    STD_TORCH_CHECK(heads.rows == pass.rows && heads.size == head_size_ && pass.tokens <= length && length <= heads.tokens,
                     "keys and values do not match the batch");
-    return MutableHeads{mutable_bits(of), rows,         of.size(1),   length,
-                        head_size_,       of.stride(0), of.stride(1), of.stride(2)};
+    return heads.first(length);
   }
 
   const std::vector<Tensor> layers_;

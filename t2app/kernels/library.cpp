@@ -66,25 +66,19 @@ Tensor decode(const Tensor& decoder, const Tensor& x, const Tensor& cos, const T
 // The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,
 // size), all bfloat16, size divides by 16; mask (1 or rows, 1, 1, tokens) is true for what a row attends to.
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const MaybeTensor& mask, double scale) {
-  for (const Tensor& tensor : {query, keys, values}) {
-    STD_TORCH_CHECK(is_bfloat16(tensor) && tensor.dim() == 4 && tensor.stride(3) == 1,
-                    "contiguous vectors of bfloat16 were expected");
-  }
-  const int64_t rows = query.size(0), heads = query.size(1), size = query.size(3), tokens = keys.size(2);
-  STD_TORCH_CHECK(query.size(2) == 1 && heads % keys.size(1) == 0, "one query a row was expected");
-  for (const Tensor& tensor : {keys, values}) {
-    STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == keys.size(1) && tensor.size(2) == tokens &&
-                        tensor.size(3) == size && size % kBlock == 0,
+  const Tensor in_order = torch::stable::contiguous(query);
+  const Heads queries = heads_of(in_order), all_keys = heads_of(keys), all_values = heads_of(values);
+  STD_TORCH_CHECK(queries.tokens == 1 && queries.heads % all_keys.heads == 0, "one query a row was expected");
+  for (const Heads& heads : {all_keys, all_values}) {
+    STD_TORCH_CHECK(heads.rows == queries.rows && heads.heads == all_keys.heads && heads.tokens == all_keys.tokens &&
+                        heads.size == queries.size && heads.size % kBlock == 0,
                     "keys and values do not match the query");
   }
   STD_TORCH_CHECK(scale > 0, "a scale above 0 was expected");
-  const auto heads_in = [](const Tensor& of) {
-    return Heads{bits(of), of.size(0), of.size(1), of.size(2), of.size(3), of.stride(0), of.stride(1), of.stride(2)};
-  };
-  const Tensor queries = torch::stable::contiguous(query), result = new_bfloat16({rows, 1, heads, size});
+  const Tensor result = new_bfloat16({queries.rows, 1, queries.heads, queries.size});
   const Tensor whole_mask = mask ? torch::stable::contiguous(*mask) : query;
-  one_token_attention(heads_in(queries), heads_in(keys), heads_in(values),
-                      mask ? seen_by(whole_mask, rows, tokens) : Seen(), static_cast<float>(scale), mutable_bits(result));
+  one_token_attention(queries, all_keys, all_values, mask ? seen_by(whole_mask, queries.rows, all_keys.tokens) : Seen(),
+                      static_cast<float>(scale), mutable_bits(result));
   return result;
 }
 
