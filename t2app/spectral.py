@@ -204,15 +204,15 @@ class SpectralLinear(nn.Module):
             )
         if rows.merged is not None:
             return rows.merged(x)
-        if not needs_gradient(x, rows.delta) and (edited_kernel := self.edited_kernel(*x.shape[:2])) is not None:
-            return edited_kernel.layer(x, edited_kernel.edit)
+        if not needs_gradient(x, rows.delta) and (edited_layer := self.edited_layer(*x.shape[:2])) is not None:
+            return edited_layer.layer(x, edited_layer.edit)
         if self._has_factors(rows):
             return self.by_factors(x, rows.delta)
         if self.edits_input:
             return self.base(self._edited(x, rows))
         return self._edited(self.base(x), rows, self.bias)
 
-    def edited_kernel(self, count: int, tokens: int) -> EditedLayer | None:
+    def edited_layer(self, count: int, tokens: int) -> EditedLayer | None:
         """What the layer is now for so many tokens of each of `count` rows, without a gradient.
 
         None where no kernel is, where the factors are faster, and where the plan is for another batch.
@@ -221,11 +221,11 @@ class SpectralLinear(nn.Module):
             return None
         rows = self.rows
         if rows is None:
-            return self.base.edited_kernel(count, tokens)
+            return self.base.edited_layer(count, tokens)
         if rows.count != count:
             return None
         if rows.merged is not None:
-            return rows.merged.edited_kernel(count, tokens)
+            return rows.merged.edited_layer(count, tokens)
         if self.packed is None or not isinstance(rows.edited, slice):
             return None
         if self._has_factors(rows) and count * tokens >= _FACTOR_TOKENS:

@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from t2app.cache import cache_folder
 from t2app.kernels.attention import fast_attention
-from t2app.kernels.build import INSTRUCTIONS, compiled_for, compiler_command, has_bfloat16_arithmetic
+from t2app.kernels.build import INSTRUCTIONS, compiled_for, compiler_command, has_bfloat16_arithmetic, kernel_folder
 from t2app.kernels.linear import (
     FEW_KERNEL,
     MANY_KERNEL,
@@ -37,7 +36,7 @@ SHAPES = [(1536, 576), (576, 1536), (192, 576), (41, 48), (7, 48), (5, 30)]
 def kernel():
     """Has the kernel compiled and loaded, or skips where this machine would not use it."""
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     if not isinstance(model[0], FastLinear):
         pytest.skip("this CPU has no AVX2, or there is no compiler")
 
@@ -330,7 +329,7 @@ def test_decoder_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows, 
     fast = copy.deepcopy(plain).bfloat16()
     torchs = adapted(copy.deepcopy(fast))
     exact = adapted(copy.deepcopy(fast).double())
-    use_kernels(fast, cache_folder() / "kernels")
+    use_kernels(fast, kernel_folder())
     fast = adapted(fast)
     first, second = mixtures_of(fast)
     rows = [None] * 6 if len(edited_rows) > 2 else [None] * 3
@@ -344,7 +343,7 @@ def test_decoder_in_one_call_is_as_exact_as_transformers_own(kind, edited_rows, 
 @torch.inference_mode()
 def test_decoder_follows_the_plan_that_is_in_use():
     model = decoder_model("llama").bfloat16()
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     model = adapted(model)
     first, second = mixtures_of(model)
     alone = [passes_logits(model, [None, mixture]) for mixture in (first, second)]
@@ -362,7 +361,7 @@ def test_decoder_follows_the_plan_that_is_in_use():
 @torch.inference_mode()
 def test_decoder_sees_that_a_layer_was_replaced():
     model = decoder_model("llama").bfloat16()
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     model = SpectralModel(model, {})
     before = passes_logits(model, [None])
     path = "model.layers.1.mlp.up_proj"
@@ -379,7 +378,7 @@ def test_decoder_sees_that_a_layer_was_replaced():
 @torch.inference_mode()
 def test_decoder_goes_on_from_embeddings_as_from_tokens():
     model = decoder_model("llama").bfloat16()
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     token, outputs = torch.tensor([[7]]), []
     for last in ({"input_ids": token}, {"inputs_embeds": model.model.embed_tokens(token)}):
         cache = GrowingCache(model.config)
@@ -392,7 +391,7 @@ def test_decoder_goes_on_from_embeddings_as_from_tokens():
 
 def test_decoder_that_needs_a_gradient_is_transformers_own():
     model = decoder_model("llama").bfloat16()
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     model = adapted(model)
     z, cache = model.trainable(), GrowingCache(model.model.config)
     with torch.no_grad():
@@ -413,7 +412,7 @@ def test_decoder_that_needs_a_gradient_is_transformers_own():
 )
 def test_decoders_of_another_kind_stay_transformers_own(kind, changes):
     model = decoder_model(kind, **changes).bfloat16()
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     assert "forward" not in vars(model.model)
 
 
@@ -421,7 +420,7 @@ def test_decoders_of_another_kind_stay_transformers_own(kind, changes):
 def test_sliding_window_is_attended_to_as_transformers_does():
     plain = decoder_model("mistral", sliding_window=4).bfloat16()
     fast = copy.deepcopy(plain)
-    use_kernels(fast, cache_folder() / "kernels")
+    use_kernels(fast, kernel_folder())
     found, expected = (passes_logits(adapted(model), [None, None, None]) for model in (fast, plain))
     assert relative_error(found, expected) < 2**-5
 
@@ -435,14 +434,14 @@ def test_gradient_reaches_what_asks_for_one():
 def test_fast_linear_shares_the_weights_of_the_layer_it_stands_for():
     model = nn.Sequential(nn.Linear(16, 32, dtype=torch.bfloat16))
     weight = model[0].weight
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     assert model[0].weight is weight
 
 
 def test_float32_models_keep_their_layers():
     model = nn.Sequential(nn.Linear(16, 32))
     layer = model[0]
-    use_kernels(model, cache_folder() / "kernels")
+    use_kernels(model, kernel_folder())
     assert model[0] is layer
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from t2app.cache import cache_folder
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL, FOUR_BIT, entry_of, expert_files, title_of
 from t2app.checkpoints import ModelError
 from t2app.decoding import collected, decode
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.families import random_model
+from t2app.kernels.build import kernel_folder
 from t2app.kernels.linear import pack_vectors
 from t2app.kernels.model import use_kernels
 from t2app.layer_paths import block_linear_paths
@@ -266,7 +266,7 @@ def test_model_split_between_cpu_and_disk_answers_as_the_whole_one(small_model, 
     split = AutoModelForCausalLM.from_pretrained(
         tmp_path / "checkpoint", device_map=places, offload_folder=tmp_path / "offloaded"
     )
-    use_kernels(split, cache_folder() / "kernels")
+    use_kernels(split, kernel_folder())
     paths = block_linear_paths(whole)
     weights = CheckpointWeights(tmp_path / "checkpoint", split)
     assert any(linear_layer(split, path).weight.is_meta for path in paths)

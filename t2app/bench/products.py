@@ -77,8 +77,7 @@ def _factors(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    kernel = layer.base.kernel(kind)
-    return kernel
+    return layer.base.kernel(kind)
 
 
 def _kernel_edit(

@@ -165,10 +165,11 @@ struct Seen {
 
 // That of a contiguous mask, which outlives it.
 inline Seen seen_by(const Tensor& mask, int64_t rows, int64_t tokens) {
-  const int64_t of_row = mask.numel() / tokens;
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.numel() == of_row * tokens && (of_row == rows || of_row == 1),
+  const int64_t masked_rows = mask.size(0);
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.numel() == masked_rows * tokens &&
+                      (masked_rows == rows || masked_rows == 1),
                   "a mask of one bool a row and token was expected");
-  return {static_cast<const bool*>(mask.const_data_ptr()), of_row == 1 ? 0 : tokens};
+  return {static_cast<const bool*>(mask.const_data_ptr()), masked_rows == 1 ? 0 : tokens};
 }
 
 // The outputs (rows, heads, size) for one query a row, whose heads lie one after another, and keys and values (rows, key

@@ -118,6 +118,9 @@ class Block {
     STD_TORCH_CHECK(size_ % (2 * kBlock) == 0, "heads of 32·n were expected");
     STD_TORCH_CHECK(scale_ > 0, "a scale above 0 was expected");
     for (const Tensor& norm : norms_) check_norm(norm);
+    STD_TORCH_CHECK(width_of(kQuery) % size_ == 0 && width_of(kKey) % size_ == 0 && width_of(kKey) == width_of(kValue) &&
+                        width_of(kGate) == width_of(kUp) && width_of(kOutput) == hidden() && width_of(kDown) == hidden(),
+                    "layers that fit each other were expected");
   }
 
   static void check_norm(const Tensor& norm) {
@@ -126,6 +129,7 @@ class Block {
   }
 
   int64_t hidden() const { return layers_[kQuery].layer.in_features; }
+  int64_t key_heads() const { return width_of(kKey) / size_; }
 
   // Takes the vectors `x` (rows, new tokens, hidden) through the block, in place. keys and values have the new tokens last,
   // which are written.

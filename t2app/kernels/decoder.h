@@ -74,7 +74,8 @@ struct Decoder : Kept {
 
   MutableHeads seen(const Tensor& of, const Pass& pass, int64_t length) const {
     const MutableHeads heads = heads_of(of);
-    STD_TORCH_CHECK(heads.rows == pass.rows && heads.size == head_size_ && pass.tokens <= length && length <= heads.tokens,
+    STD_TORCH_CHECK(heads.rows == pass.rows && heads.heads == blocks_[0].key_heads() && heads.size == head_size_ &&
+                        pass.tokens <= length && length <= heads.tokens,
                     "keys and values do not match the batch");
     return heads.first(length);
   }

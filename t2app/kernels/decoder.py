@@ -170,9 +170,9 @@ class FastDecoder:
         return [place.plan for place in self._in_use]
 
     def _made(self, layers: list[nn.Module], rows: int, tokens: int) -> Decoder | None:
-        if not all(hasattr(layer, "edited_kernel") for layer in layers):
+        if not all(hasattr(layer, "edited_layer") for layer in layers):
             return None
-        kernels = [layer.edited_kernel(rows, tokens) for layer in layers]
+        kernels = [layer.edited_layer(rows, tokens) for layer in layers]
         if any(kernel is None for kernel in kernels):
             return None
         return Decoder(kernels, self._weights_of_norms, *self._settings)

@@ -26,12 +26,12 @@ struct Layer : Kept {
         bias(out_features, 0.0f),
         many(many) {
     STD_TORCH_CHECK(is_bfloat16(weight) && weight.is_contiguous() && weight.dim() == 2,
-                "a contiguous weight in bfloat16 was expected");
+                    "a contiguous weight in bfloat16 was expected");
     STD_TORCH_CHECK(in_features > 0 && in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
     if (bias) {
-      STD_TORCH_CHECK(is_bfloat16(*bias) && bias->is_contiguous() && bias->numel() == out_features,
-                      "the bias does not match the weight");
-      std::transform(bits(*bias), bits(*bias) + out_features, this->bias.begin(), widened);
+      STD_TORCH_CHECK(is_bfloat16(*bias) && bias->numel() == out_features, "the bias does not match the weight");
+      const Tensor in_order = torch::stable::contiguous(*bias);
+      std::transform(bits(in_order), bits(in_order) + out_features, this->bias.begin(), widened);
     }
   }
 
@@ -47,7 +47,7 @@ struct Layer : Kept {
 struct EditedLayer {
   EditedLayer(const Layer& layer, const RowEdit* edit) : layer(layer), edit(edit) {
     STD_TORCH_CHECK(edit == nullptr || edit->narrow() == (edit->edits_input ? layer.in_features : layer.out_features),
-                "singular vectors that match the layer were expected");
+                    "singular vectors that match the layer were expected");
   }
 
   bool edits_input() const { return edit != nullptr && edit->edits_input; }

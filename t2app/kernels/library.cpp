@@ -50,11 +50,12 @@ Tensor edit_side(const Tensor& edit, const Tensor& side, const MaybeTensor& bias
   STD_TORCH_CHECK(is_bfloat16(side) && side.dim() == 3 && side.size(2) == own.narrow() &&
                       own.first + own.edited <= side.size(0),
                   "the narrow side (rows, tokens, narrow) of all rows was expected in bfloat16");
-  STD_TORCH_CHECK(!bias || (is_bfloat16(*bias) && bias->is_contiguous() && bias->numel() == own.narrow()),
+  STD_TORCH_CHECK(!bias || (is_bfloat16(*bias) && bias->numel() == own.narrow()),
                   "the bias does not match the side");
   const Tensor in_order = torch::stable::contiguous(side), result = torch::stable::empty_like(in_order);
   const Tokens tokens{bits(in_order), side.size(0), side.size(1), side.size(2)};
-  edited_side(own, tokens, bias ? bits(*bias) : nullptr, mutable_bits(result));
+  const Tensor whole_bias = bias ? torch::stable::contiguous(*bias) : side;
+  edited_side(own, tokens, bias ? bits(whole_bias) : nullptr, mutable_bits(result));
   return result;
 }
 

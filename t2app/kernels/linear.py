@@ -141,7 +141,7 @@ class FastLinear(nn.Linear):
         kind = _fastest_kernel(tokens, self.in_features)
         return None if kind is None else self.kernel(kind)
 
-    def edited_kernel(self, rows: int, tokens: int) -> EditedLayer | None:
+    def edited_layer(self, rows: int, tokens: int) -> EditedLayer | None:
         """What the layer is for so many tokens of each of so many rows; `SpectralLinear` has the same."""
         kernel = self.kernel_for(rows * tokens)
         return None if kernel is None else EditedLayer(kernel, None)

@@ -20,14 +20,14 @@ struct RowEdit : Kept {
   RowEdit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first, int64_t edited)
       : vectors(vectors), edits_input(edits_input), first(first), edited(edited), shared_(delta.size(0) == 1) {
     STD_TORCH_CHECK(vectors.dim() == 2 && vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Char &&
-                    narrow() % kEditBlock == 0 && rank() % kBlock == 0,
-                "singular vectors in int8, of ", kEditBlock, "·n, were expected");
+                        narrow() % kEditBlock == 0 && rank() % kBlock == 0,
+                    "singular vectors in int8, of ", kEditBlock, "·n, were expected");
     STD_TORCH_CHECK(delta.scalar_type() == ScalarType::Float && delta.dim() == 2 && delta.size(1) == rank() &&
-                    (shared_ || delta.size(0) == edited),
-                "z - 1 does not match the rows or the rank");
+                        (shared_ || delta.size(0) == edited),
+                    "z - 1 does not match the rows or the rank");
     STD_TORCH_CHECK(first >= 0 && edited > 0, "rows to edit were expected");
     STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() && scales.numel() == rank(),
-                "a scale in float32 was expected for each singular vector");
+                    "a scale in float32 was expected for each singular vector");
     const Tensor in_order = torch::stable::contiguous(delta);
     const float *d = in_order.const_data_ptr<float>(), *s = scales.const_data_ptr<float>();
     factors_.resize(delta.numel());
