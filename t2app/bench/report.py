@@ -16,6 +16,7 @@ import torch
 
 from t2app.bench import bench_named
 from t2app.bench.figure import Figure
+from t2app.kernels.build import cpu_instructions
 from t2app.models import resolve_precision
 
 _PACKAGES = ("torch", "transformers", "gradio")
@@ -41,7 +42,7 @@ def report(figures: Sequence[Figure], benches: Sequence[str], model: str, precis
 
 def machine() -> dict[str, str]:
     """Processor and memory, the GPUs, and the versions of what computes on them."""
-    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions = "/".join(cpu_instructions()) or "without AVX2"
     gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}",

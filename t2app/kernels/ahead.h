@@ -56,4 +56,20 @@ class Ahead {
   uintptr_t end_ = UINTPTR_MAX, to_next_ = 0;
 };
 
+// Memory that is asked for in passing, a little with each block of what is computed.
+class AskedInPassing {
+ public:
+  AskedInPassing(const char* begin, int64_t bytes, int64_t blocks)
+      : next_(begin), end_(begin + bytes), bytes_at_once_((bytes / kCacheLine + blocks - 1) / blocks * kCacheLine) {}
+
+  void ask() {
+    const char* until = std::min(next_ + bytes_at_once_, end_);
+    for (; next_ < until; next_ += kCacheLine) _mm_prefetch(next_, _MM_HINT_T1);
+  }
+
+ private:
+  const char *next_, *end_;
+  const int64_t bytes_at_once_;
+};
+
 }  // namespace t2app

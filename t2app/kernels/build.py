@@ -5,9 +5,10 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from t2app.cache import cache_folder
 
 # What a row's length must divide by: bfloat16 in a register of AVX2.
 WIDTH = 16
-# The compiler's flags for what CPUs can do, each with all before it: AVX2, AVX-512, VNNI, bfloat16.
-INSTRUCTIONS = (
-    ("-mavx2", "-mfma"),
-    ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    ("-mavx512vnni",),
-    ("-mavx512bf16",),
-)
+# The compiler's flags for what CPUs can do, each with all before it.
+INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX-512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+    "VNNI": ("-mavx512vnni",),
+    "bfloat16": ("-mavx512bf16",),
+    "AMX": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+}
 # Whose stable interface is used, as its headers write it: 2.11, the oldest that requirements.txt takes.
 _OLDEST_TORCH = 2 << 56 | 11 << 48
 _FOLDER = Path(__file__).parent
@@ -45,6 +47,12 @@ def _has_vnni() -> bool:
 def has_bfloat16_arithmetic() -> bool:
     """Whether the CPU multiplies bfloat16 itself, as only CPUs with VNNI do; torch then does so well for many rows."""
     return _has_vnni() and torch.cpu._is_avx512_bf16_supported()
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the CPU multiplies tiles (AMX), and the system lets this process do so, which is asked for here."""
+    return has_bfloat16_arithmetic() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def kernel_folder() -> Path:
@@ -82,7 +90,7 @@ def _loaded_from(folder: Path) -> bool:
     if not torch.cpu._is_avx2_supported():
         return False
     sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
-    built_for = " ".join([torch.__version__, *compiled_for()])
+    built_for = " ".join([torch.__version__, *cpu_instructions()])
     key = hashlib.sha256(sources + built_for.encode()).hexdigest()[:16]
     library = folder / f"kernels-{key}.so"
     if not library.exists():
@@ -97,22 +105,23 @@ def _loaded_from(folder: Path) -> bool:
     return True
 
 
-def compiled_for() -> list[str]:
-    """The compiler's flags for what the CPU can do."""
-    known = 1 + _has_avx512() + _has_vnni() + has_bfloat16_arithmetic()
-    return [flag for flags in INSTRUCTIONS[:known] for flag in flags]
+def cpu_instructions() -> list[str]:
+    """Those of `INSTRUCTIONS` that the CPU has and torch uses."""
+    has = torch.cpu._is_avx2_supported(), _has_avx512(), _has_vnni(), has_bfloat16_arithmetic(), has_tiles()
+    return list(compress(INSTRUCTIONS, has))
 
 
-def compiler_command(instructions: Sequence[str], *others: str) -> list[str]:
-    """What compiles the kernels with these flags of `INSTRUCTIONS`."""
-    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *instructions, "-fopenmp", "-fPIC"]
+def compiler_command(instructions: Iterable[str], *others: str) -> list[str]:
+    """What compiles the kernels for a CPU with these of `INSTRUCTIONS`."""
+    flags = [flag for name in instructions for flag in INSTRUCTIONS[name]]
+    command = [os.environ.get("CXX", "c++"), "-O3", "-std=c++20", *flags, "-fopenmp", "-fPIC"]
     command += ["-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH:#x}"]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
     return [*command, str(_SOURCE), *others]
 
 
 def _compile(library: Path) -> bool:
-    command = compiler_command(compiled_for(), "-shared", "-o", str(library))
+    command = compiler_command(cpu_instructions(), "-shared", "-o", str(library))
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)

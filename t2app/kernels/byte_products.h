@@ -11,36 +11,21 @@
 #include <cstring>
 
 #include "ahead.h"
-#ifdef __AVX512VNNI__
-#include "byte_quadruples.h"
-#else
-#include "byte_pairs.h"
-#endif
-#include "scratch.h"
+#include "byte_rows.h"
 #include "tiles.h"
 
 namespace t2app {
 
-// Rows rounded to integers from −127 to 127 under a scale each; their length divides by 16.
-class ByteRows {
- public:
-  ByteRows(int64_t count, int64_t length) : count(count), length(length), scales(count), sums(count), bytes_(count * length) {}
-
-  void set(int64_t row, const float* values) {
-    const float scale = largest_magnitude(values, length) / 127, inverse = scale > 0 ? 1 / scale : 0;
-    scales[row] = scale;
-    sums[row] = round_to_bytes(values, length, inverse, bytes_.data() + row * length);
-  }
-
-  const int8_t* row(int64_t row) const { return bytes_.data() + row * length; }
-
-  const int64_t count, length;
-  Scratch<float> scales;
-  Scratch<int32_t> sums;
-
- private:
-  Scratch<int8_t> bytes_;
-};
+// Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow); `store` as in `dot_multiply`.
+template <typename Store>
+void multiply_bytes(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
+                    const Store& store) {
+  dot_multiply<OfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead,
+                        [&](int64_t row, int64_t first, int64_t columns, float* values) {
+                          for (int64_t i = 0; i < columns; ++i) values[i] -= OfBytes::kOffset * rows.sums[row];
+                          store(row, first, columns, values);
+                        });
+}
 
 // sums (R, narrow) = coefficients · vectors for R rows of coefficients from `first` on, and as many vectors, (…, narrow),
 // as a row has; where `adds`, that much more. Memory is asked for from `next` on, in passing; null asks for none.

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+#ifdef __AMX_BF16__
+#include "amx_tiles.h"
+#endif
 #include "dot_products.h"
 #include "layer_job.h"
 
@@ -27,15 +30,24 @@ class DotRows : public LayerJob {
     edit_->compute(edits_input_ ? x_ : rounded_product_.data(), ahead);
   }
 
-  void multiply_to_result(const uint16_t* x, const Ahead& ahead) const {
+  // This thread's columns of x Wᵀ, to `store`.
+  template <typename Store>
+  void product(const uint16_t* x, const Ahead& ahead, const Store& store) const {
     const Share share(n_);
-    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead,
-                             [&](int64_t row, int64_t first, int64_t columns, const float* values) {
-                               const float* bias = layer_.bias.data() + first;
-                               store_rounded(y_ + row * n_ + first, columns, [&](int64_t i, __mmask16 there) {
-                                 return load_some(values + i, there) + load_some(bias + i, there);
-                               });
-                             });
+#ifdef __AMX_BF16__
+    multiply_by_tiles<TilesOfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+#else
+    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+#endif
+  }
+
+  void multiply_to_result(const uint16_t* x, const Ahead& ahead) const {
+    product(x, ahead, [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+      const float* bias = layer_.bias.data() + first;
+      store_rounded(y_ + row * n_ + first, columns, [&](int64_t i, __mmask16 there) {
+        return load_some(values + i, there) + load_some(bias + i, there);
+      });
+    });
   }
 
   void multiply_edited_input(const Ahead& ahead) override {
@@ -51,13 +63,11 @@ class DotRows : public LayerJob {
   }
 
   void multiply_to_product(const Ahead& ahead) override {
-    const Share share(n_);
-    dot_multiply<OfBfloat16>(x_, rows_, weight_, share.begin, share.end, k_, ahead,
-                             [&](int64_t row, int64_t first, int64_t columns, const float* values) {
-                               std::copy_n(values, columns, product_.begin() + row * n_ + first);
-                               store_rounded(rounded_product_.data() + row * n_ + first, columns,
-                                             [&](int64_t i, __mmask16 there) { return load_some(values + i, there); });
-                             });
+    product(x_, ahead, [&](int64_t row, int64_t first, int64_t columns, const float* values) {
+      std::copy_n(values, columns, product_.begin() + row * n_ + first);
+      store_rounded(rounded_product_.data() + row * n_ + first, columns,
+                    [&](int64_t i, __mmask16 there) { return load_some(values + i, there); });
+    });
   }
 
   void store_edited_output() override {

@@ -8,7 +8,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#ifdef __AMX_INT8__
+#include "byte_tiles.h"
+#else
 #include "byte_products.h"
+#endif
 #include "job.h"
 #include "row_edit.h"
 #include "scratch.h"
@@ -107,14 +111,13 @@ void Edit::compute(const Value* side, const Ahead& ahead) {
   for (int64_t begin = share.begin; begin < share.end; begin += at_once) {
     const int64_t count = std::min(at_once, share.end - begin);
     Scratch<float> weights(edited.count * count);
-    dot_multiply<OfBytes>(rows.row(0), rows.count, vectors_, begin, begin + count, narrow_, ahead,
-                          [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
-                            const float *factors = edited.factors_of(r), offset = OfBytes::kOffset * rows.sums[r];
-                            for (int64_t v = 0; v < vectors; ++v) {
-                              weights[r * count + first - begin + v] =
-                                  (products[v] - offset) * rows.scales[r] * factors[first + v];
-                            }
-                          });
+    multiply_bytes(rows, vectors_, begin, begin + count, ahead,
+                   [&](int64_t r, int64_t first, int64_t vectors, const float* products) {
+                     const float* factors = edited.factors_of(r);
+                     for (int64_t v = 0; v < vectors; ++v) {
+                       weights[r * count + first - begin + v] = products[v] * rows.scales[r] * factors[first + v];
+                     }
+                   });
     ByteRows coefficients(edited.count, count);
     for (int64_t r = 0; r < edited.count; ++r) coefficients.set(r, weights.data() + r * count);
     // These vectors are in the cache: what comes after them is asked for in passing.

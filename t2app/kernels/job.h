@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "ahead.h"
+#ifdef __AMX_TILE__
+#include "amx_tiles.h"
+#endif
 
 namespace t2app {
 
@@ -48,14 +51,19 @@ inline void run(const std::vector<std::unique_ptr<Job>>& jobs, int threads) {
     }
   }
 #pragma omp parallel num_threads(threads)
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const auto [job, phase] = steps[i];
-    if (i > 0 && phase != steps[i - 1].second) {
+  {
+#ifdef __AMX_TILE__
+    const TileShapes shapes;
+#endif
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const auto [job, phase] = steps[i];
+      if (i > 0 && phase != steps[i - 1].second) {
 #pragma omp barrier
+      }
+      const Ahead ahead(job->reads(phase), i + 1 < steps.size() ? steps[i + 1].first->reads(steps[i + 1].second) : Stretch());
+      ahead.of_beginning();
+      job->run(phase, ahead);
     }
-    const Ahead ahead(job->reads(phase), i + 1 < steps.size() ? steps[i + 1].first->reads(steps[i + 1].second) : Stretch());
-    ahead.of_beginning();
-    job->run(phase, ahead);
   }
 }
 

@@ -51,22 +51,6 @@ inline void widen_panel(const uint16_t* weights, int64_t columns, int64_t k, flo
   }
 }
 
-// Memory that is asked for in passing, a little with each block of a panel.
-class AskedInPassing {
- public:
-  AskedInPassing(const char* begin, int64_t bytes, int64_t blocks)
-      : next_(begin), end_(begin + bytes), bytes_at_once_((bytes / kCacheLine + blocks - 1) / blocks * kCacheLine) {}
-
-  void ask() {
-    const char* until = std::min(next_ + bytes_at_once_, end_);
-    for (; next_ < until; next_ += kCacheLine) _mm_prefetch(next_, _MM_HINT_T1);
-  }
-
- private:
-  const char *next_, *end_;
-  const int64_t bytes_at_once_;
-};
-
 // result (R, kPanelColumns) = x panel for R rows of x (…, k) in even-first order.
 template <int R>
 void multiply_panel(const float* x, const float* panel, int64_t k, float* result, AskedInPassing& next) {
