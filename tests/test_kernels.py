@@ -13,12 +13,18 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from t2app.kernels.attention import fast_attention
-from t2app.kernels.build import INSTRUCTIONS, compiler_command, cpu_instructions, has_bfloat16_arithmetic, kernel_folder
+from t2app.kernels.build import (
+    INSTRUCTIONS,
+    compiler_command,
+    cpu_instructions,
+    has_bfloat16_arithmetic,
+    has_tiles,
+    kernel_folder,
+)
 from t2app.kernels.linear import (
-    FEW_KERNEL,
-    MANY_KERNEL,
     MANY_ROWS,
     FastLinear,
+    Kind,
     RowEdit,
     integers_in_order,
     pack_vectors,
@@ -77,8 +83,10 @@ def test_linear_is_as_exact_as_bfloat16_can_hold(shape, rows):
     assert relative_error(fast_layer(weight)(x), exact - bias.double()) < 2**-8
 
 
-@pytest.mark.parametrize("kind", [FEW_KERNEL, MANY_KERNEL])
+@pytest.mark.parametrize("kind", Kind)
 def test_what_a_row_gets_does_not_depend_on_its_company(kind):
+    if kind == Kind.TILES and not has_tiles():
+        pytest.skip("this CPU has no tiles")
     kernel, x = fast_layer(random(1536, 576)).kernel(kind), random(20, 1, 576)
     together = kernel(x)
     for rows in (slice(0, 1), slice(3, 5), slice(4, 9), slice(7, 20)):

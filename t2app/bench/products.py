@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels.linear import FEW_KERNEL, MANY_KERNEL, FastLinear, RowEdit
+from t2app.kernels.build import has_tiles
+from t2app.kernels.linear import FastLinear, Kind, RowEdit
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
@@ -20,9 +21,9 @@ _STEPS = 5
 def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     """One product with every layer of the model's blocks, so that weights come from memory as in a step.
 
-    `few` and `many` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the weight that
-    lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those with `all`
-    all of them; `factors` does that too, by the weight in the basis. What is best here decides nothing by itself: the
+    `few`, `many` and `tiles` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the
+    weight that lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those
+    with `all` all of them; `factors` does that too, by the weight in the basis. What is best here decides nothing: the
     choices are in `spectral.py`, `kernels/linear.py` and `models.resolve_precision`, made on this.
 
     Raises:
@@ -35,10 +36,11 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     if layers[0].in_basis is not None:
         ways["factors"] = _factors
     if any(isinstance(layer.base, FastLinear) for layer in layers):
-        for kind in (FEW_KERNEL, MANY_KERNEL):
-            ways[kind] = partial(_kernel, kind)
-            ways[f"{kind}_edit"] = partial(_kernel_edit, kind, _last_half)
-            ways[f"{kind}_all"] = partial(_kernel_edit, kind, _all_rows)
+        for kind in Kind if has_tiles() else (Kind.FEW, Kind.MANY):
+            name = kind.name.lower()
+            ways[name] = partial(_kernel, kind)
+            ways[f"{name}_edit"] = partial(_kernel_edit, kind, _last_half)
+            ways[f"{name}_all"] = partial(_kernel_edit, kind, _all_rows)
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
@@ -76,12 +78,12 @@ def _factors(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]
     return lambda x: layer.by_factors(x, delta)
 
 
-def _kernel(kind: str, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+def _kernel(kind: Kind, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     return layer.base.kernel(kind)
 
 
 def _kernel_edit(
-    kind: str, edited_rows: Callable[[Tensor], tuple[slice, Tensor]], layer: SpectralLinear, delta: Tensor
+    kind: Kind, edited_rows: Callable[[Tensor], tuple[slice, Tensor]], layer: SpectralLinear, delta: Tensor
 ) -> Callable[[Tensor], Tensor]:
     kernel, edit = layer.base.kernel(kind), RowEdit(layer.packed, layer.edits_input, *edited_rows(delta))
     return lambda x: kernel(x, edit)

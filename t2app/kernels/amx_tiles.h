@@ -1,5 +1,5 @@
 // Products of tiles on CPUs that have them (AMX): sixteen rows of 64 bytes by sixteen others in one instruction, so that
-// sixteen rows of a batch take hardly longer than reading the weights does.
+// sixteen rows of a batch take hardly longer than reading the weights does. Up to two of them take less without.
 //
 // A tile of W is loaded as it lies in memory. What it is multiplied by has to have its 64 bytes four by four, those of
 // sixteen rows side by side: x, of which there is less, is put in that order first.
@@ -38,19 +38,19 @@ template <int Tile>
 // What tiles hold: `Sums` becomes as much more as A times B gives.
 struct TilesOfBfloat16 {
   using Element = uint16_t;
+  using Total = float;
   template <int Sums, int A, int B>
   [[gnu::always_inline]] static void add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
   }
-  static __m512 as_floats(__m512i sums) { return _mm512_castsi512_ps(sums); }
 };
 struct TilesOfBytes {
   using Element = int8_t;
+  using Total = int32_t;
   template <int Sums, int A, int B>
   [[gnu::always_inline]] static void add() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
   }
-  static __m512 as_floats(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
 };
 
 // What a thread's tiles are like for as long as this lives: all of them as large as they can be. torch's library has
@@ -145,7 +145,7 @@ class RowTiles {
 // of these rows has one.
 template <typename Of, int W, int G>
 void sum_tiles(const char* weights, int64_t bytes_apart, const int32_t* rows, int64_t length, AskedInPassing& next,
-               float* results, int64_t apart) {
+               typename Of::Total* results, int64_t apart) {
   static_assert(W <= 2 && G <= 2);
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   for (int64_t i = 0; i < length; ++i) {
@@ -169,8 +169,8 @@ void sum_tiles(const char* weights, int64_t bytes_apart, const int32_t* rows, in
     __m512i columns[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) columns[i] = _mm512_load_si512(sums + i * kTileLanes);
     transpose(columns);
-    float* target = results + Tile / 2 * kTileLanes * apart + Tile % 2 * kTileRows;
-    for (int64_t row = 0; row < kTileLanes; ++row) _mm512_storeu_ps(target + row * apart, Of::as_floats(columns[row]));
+    auto* target = results + Tile / 2 * kTileLanes * apart + Tile % 2 * kTileRows;
+    for (int64_t row = 0; row < kTileLanes; ++row) _mm512_storeu_si512(target + row * apart, columns[row]);
   };
   store.template operator()<0>();
   if constexpr (W > 1) store.template operator()<1>();
@@ -186,7 +186,7 @@ void multiply_by_tiles(const typename Of::Element* x, int64_t rows, const typena
   constexpr int64_t kColumns = 2 * kTileRows;
   const int64_t bytes_apart = k * sizeof(*weight);
   const RowTiles tiles(x, rows, bytes_apart);
-  Scratch<float> results(tiles.groups * kTileLanes * kColumns);
+  Scratch<typename Of::Total> results(tiles.groups * kTileLanes * kColumns);
   Scratch<char> filled_up;
   for (int64_t first = begin; first < end; first += kColumns) {
     const int64_t columns = std::min(kColumns, end - first), after = first + kColumns;

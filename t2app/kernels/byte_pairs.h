@@ -18,6 +18,7 @@ struct OfBytes {
   using Element = int8_t;
   using Register = __m256i;
   using Sums = __m256i;
+  using Total = int32_t;
   static constexpr int kRows = 8, kColumns = 1;
   static constexpr int64_t kBlock = 32;
   static constexpr int32_t kOffset = 0;
@@ -31,7 +32,7 @@ struct OfBytes {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(row), _mm256_sign_epi8(column, row));
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static Floats as_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+  static Floats as_lanes(Sums sums) { return _mm256_castsi256_ps(sums); }
 
   // The entries of four vectors in each place, side by side: half h of part p has the places from 16h + 4p on.
   static void interleave(Register a, Register b, Register c, Register d, Register (&parts)[4]) {

@@ -16,12 +16,12 @@
 
 namespace t2app {
 
-// Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow); `store` as in `dot_multiply`.
+// Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow), exactly; `store` as in `dot_multiply`.
 template <typename Store>
 void multiply_bytes(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
                     const Store& store) {
   dot_multiply<OfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead,
-                        [&](int64_t row, int64_t first, int64_t columns, float* values) {
+                        [&](int64_t row, int64_t first, int64_t columns, int32_t* values) {
                           for (int64_t i = 0; i < columns; ++i) values[i] -= OfBytes::kOffset * rows.sums[row];
                           store(row, first, columns, values);
                         });

@@ -22,6 +22,7 @@ struct OfBytes {
   using Element = int8_t;
   using Register = __m512i;
   using Sums = __m512i;
+  using Total = int32_t;
   static constexpr int kRows = 8, kColumns = 3;
   static constexpr int64_t kBlock = 64;
   static constexpr int32_t kOffset = 128;
@@ -34,7 +35,7 @@ struct OfBytes {
   static Sums zeros() { return _mm512_setzero_si512(); }
   static Sums all(int32_t value) { return _mm512_set1_epi32(value); }
   static void add(Sums& sums, Register row, Register column) { add_products(sums, column, row); }
-  static __m512 as_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+  static __m512 as_lanes(Sums sums) { return _mm512_castsi512_ps(sums); }
 
   // The entries of four vectors in each place, side by side: quarter q of part p has the places from 16q + 4p on.
   static void interleave(Register a, Register b, Register c, Register d, Register (&parts)[4]) {

@@ -1,4 +1,4 @@
-// What byte_products.h has, by tiles: as exact sums, of many rows at a time.
+// What byte_products.h has, by tiles: the same sums, sixteen rows at a time.
 
 #pragma once
 
@@ -13,17 +13,13 @@ namespace t2app {
 
 static_assert(kEditBlock == kTileBytes);
 
-// Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow); `store` as in `multiply_by_tiles`.
 template <typename Store>
-void multiply_bytes(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
+void multiply_bytes_by_tiles(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
                     const Store& store) {
   multiply_by_tiles<TilesOfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead, store);
 }
 
-// sums (rows of coefficients, narrow) = coefficients · vectors for as many vectors, (…, narrow), as a row has
-// coefficients; where `adds`, that much more. `next` is where the thread reads on afterwards, which it has begun to ask for;
-// null where that is not known.
-inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, bool adds, float* sums,
+inline void combine_bytes_by_tiles(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, bool adds, float* sums,
                           const char* next) {
   constexpr int kParts = 4;
   if (next != nullptr) next += kFarBytes;

@@ -15,6 +15,7 @@ struct OfBfloat16 {
   using Element = uint16_t;
   using Register = __m512bh;
   using Sums = __m512;
+  using Total = float;
   static constexpr int kRows = 8, kColumns = 3;
   static constexpr int64_t kBlock = 32;
 
@@ -22,7 +23,7 @@ struct OfBfloat16 {
   static Register load_column(const Element* column) { return load(column); }
   static Sums zeros() { return _mm512_setzero_ps(); }
   static void add(Sums& sums, Register row, Register column) { sums = _mm512_dpbf16_ps(sums, row, column); }
-  static __m512 as_floats(Sums sums) { return sums; }
+  static __m512 as_lanes(Sums sums) { return sums; }
 };
 // The lengths of all rows of bfloat16 divide by it.
 constexpr int64_t kDotBlock = OfBfloat16::kBlock;

@@ -35,10 +35,12 @@ class DotRows : public LayerJob {
   void product(const uint16_t* x, const Ahead& ahead, const Store& store) const {
     const Share share(n_);
 #ifdef __AMX_BF16__
-    multiply_by_tiles<TilesOfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
-#else
-    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+    if (layer_.kind == Kind::kTiles) {
+      multiply_by_tiles<TilesOfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+      return;
+    }
 #endif
+    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
   }
 
   void multiply_to_result(const uint16_t* x, const Ahead& ahead) const {

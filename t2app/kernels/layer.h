@@ -16,18 +16,30 @@ constexpr bool kMultipliesBfloat16 = true;
 constexpr bool kMultipliesBfloat16 = false;
 #endif
 
+// Whether it is compiled for one that multiplies tiles.
+#ifdef __AMX_BF16__
+constexpr bool kMultipliesTiles = true;
+#else
+constexpr bool kMultipliesTiles = false;
+#endif
+
+// How a layer multiplies, as `Kind` in linear.py: for few rows, for many, of which there is more to compute for each weight
+// than reading it costs, or by tiles.
+enum class Kind : int64_t { kFew, kMany, kTiles };
+
 struct Layer : Kept {
-  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16. many: whether it is for many
-  // rows, of which there is more to compute for each weight than reading it costs.
-  Layer(const Tensor& weight, const std::optional<Tensor>& bias, bool many)
+  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16.
+  Layer(const Tensor& weight, const std::optional<Tensor>& bias, Kind kind)
       : weight(weight),
         out_features(weight.size(0)),
         in_features(weight.size(1)),
         bias(out_features, 0.0f),
-        many(many) {
+        kind(kind) {
     STD_TORCH_CHECK(is_bfloat16(weight) && weight.is_contiguous() && weight.dim() == 2,
                     "a contiguous weight in bfloat16 was expected");
     STD_TORCH_CHECK(in_features > 0 && in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
+    STD_TORCH_CHECK(kind != Kind::kTiles || (kMultipliesTiles && multiplies_bfloat16()),
+                    "there are no tiles on this CPU, or none for rows of this length");
     if (bias) {
       STD_TORCH_CHECK(is_bfloat16(*bias) && bias->numel() == out_features, "the bias does not match the weight");
       const Tensor in_order = torch::stable::contiguous(*bias);
@@ -38,9 +50,9 @@ struct Layer : Kept {
   const Tensor weight;
   const int64_t out_features, in_features;
   std::vector<float> bias;
-  const bool many;
+  const Kind kind;
 
-  bool multiplies_bfloat16() const { return kMultipliesBfloat16 && many && in_features % (2 * kBlock) == 0; }
+  bool multiplies_bfloat16() const { return kMultipliesBfloat16 && kind != Kind::kFew && in_features % (2 * kBlock) == 0; }
 };
 
 // A layer with W' in place of W for the rows that `edit` names, which is null where there are none.

@@ -14,7 +14,9 @@ namespace t2app {
 
 using MaybeTensor = std::optional<Tensor>;
 
-Tensor make_layer(const Tensor& weight, const MaybeTensor& bias, bool many) { return kept<Layer>(weight, bias, many); }
+Tensor make_layer(const Tensor& weight, const MaybeTensor& bias, int64_t kind) {
+  return kept<Layer>(weight, bias, static_cast<Kind>(kind));
+}
 
 Tensor make_row_edit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first,
                      int64_t edited) {
@@ -86,7 +88,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 }  // namespace t2app
 
 STABLE_TORCH_LIBRARY(t2app, library) {
-  library.def("make_layer(Tensor weight, Tensor? bias, bool many) -> Tensor");
+  library.def("make_layer(Tensor weight, Tensor? bias, int kind) -> Tensor");
   library.def(
       "make_row_edit(Tensor vectors, Tensor scales, Tensor delta, bool edits_input, int first, int edited) -> Tensor");
   library.def(

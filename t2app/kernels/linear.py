@@ -1,11 +1,13 @@
 """Linear layers in bfloat16 on a CPU.
 
 Decoding multiplies one or two rows by every weight of the model: a kernel for few rows reads weights as fast as memory
-gives them. Another one is for more rows, up to the tokens of a prompt; for more torch is right. Where the CPU does not
+gives them. Another one is for more rows, up to the tokens of a prompt, and a third one where the CPU multiplies tiles
+(AMX); for more torch is right. Where the CPU does not
 multiply bfloat16 itself, torch takes one row at a time, and such a product goes through a float32 copy of the weight
 that lives for one product. `bench products` measures all of these.
 """
 
+from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
@@ -13,12 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_tiles
 
-FEW_KERNEL, MANY_KERNEL = "few", "many"
-# Up to how many rows the first kernel is the fastest that there is: where the other one multiplies bfloat16 as it is,
-# and where it widens it. And up to how many the other one is. All by `bench products`.
+
+class Kind(IntEnum):
+    """How a layer multiplies: for few rows, for many, or for many by tiles. layer.h has the same."""
+
+    FEW = 0
+    MANY = 1
+    TILES = 2
+
+
+# Up to how many rows the first kernel is the fastest that there is: where the second one multiplies bfloat16 as it is,
+# and where it widens it. Up to how many that one is where there are tiles. And up to how many the kernels are. All by
+# `bench products`.
 _FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 1, 7
+_MANY_ROWS_BESIDE_TILES = 2
 MANY_ROWS = 256
 # What rows divide by where bfloat16 is multiplied as it is, and singular vectors on all CPUs: the most bytes that any
 # of them multiplies together.
@@ -64,11 +76,14 @@ class Layer:
     """A linear layer in bfloat16 that multiplies by one of the kernels, without a gradient.
 
     Args:
-        many: whether by the one for many rows.
+        kind: by which of them; `TILES` takes a CPU that has them, and rows that divide by 32.
+
+    Raises:
+        RuntimeError: there is no such kernel for this weight.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, many: bool):
-        self.kept = torch.ops.t2app.make_layer(weight, bias, many)
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind):
+        self.kept = torch.ops.t2app.make_layer(weight, bias, kind)
 
     def __call__(self, x: Tensor, edit: RowEdit | None = None) -> Tensor:
         """Wx + bias for x (…, in_features), and with an edit, where x is (rows, tokens, in_features), W'x + bias for
@@ -120,7 +135,7 @@ class FastLinear(nn.Linear):
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self._kernels: dict[str, Layer] = {}
+        self._kernels: dict[Kind, Layer] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x, self.weight):
@@ -146,10 +161,10 @@ class FastLinear(nn.Linear):
         kernel = self.kernel_for(rows * tokens)
         return None if kernel is None else EditedLayer(kernel, None)
 
-    def kernel(self, kind: str) -> Layer:
-        """The kernel of a kind, `FEW_KERNEL` or `MANY_KERNEL`."""
+    def kernel(self, kind: Kind) -> Layer:
+        """The kernel of a kind."""
         if kind not in self._kernels:
-            self._kernels[kind] = Layer(self.weight, self.bias, kind == MANY_KERNEL)
+            self._kernels[kind] = Layer(self.weight, self.bias, kind)
         return self._kernels[kind]
 
 
@@ -169,15 +184,17 @@ def use_fast_linears(model: nn.Module) -> None:
 
 
 @cache
-def _fastest_kernel(tokens: int, length: int) -> str | None:
+def _fastest_kernel(tokens: int, length: int) -> Kind | None:
     """The kind of the kernel for so many tokens, None where there is none; it reads rows of this length."""
     if length % WIDTH or tokens > MANY_ROWS:
         return None
     as_it_is = has_bfloat16_arithmetic() and not length % _BFLOAT16_WIDTH
     if tokens <= (_FEW_ROWS_BESIDE_BFLOAT16 if as_it_is else _FEW_ROWS):
-        return FEW_KERNEL
+        return Kind.FEW
+    if as_it_is and has_tiles() and tokens > _MANY_ROWS_BESIDE_TILES:
+        return Kind.TILES
     # What is left to torch where it multiplies bfloat16 too.
-    return MANY_KERNEL if as_it_is or not has_bfloat16_arithmetic() else None
+    return Kind.MANY if as_it_is or not has_bfloat16_arithmetic() else None
 
 
 def needs_gradient(*tensors: Tensor) -> bool:

@@ -51,7 +51,7 @@ class WidenedRows : public LayerJob {
   template <typename Store>
   void multiply_columns(const float* x, const Ahead& ahead, const Store& store) const {
     const Share share(n_);
-    if (layer_.many) {
+    if (layer_.kind == Kind::kMany) {
       multiply_many(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
     } else {
       multiply_few(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
