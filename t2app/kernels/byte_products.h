@@ -16,17 +16,6 @@
 
 namespace t2app {
 
-// Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow), exactly; `store` as in `dot_multiply`.
-template <typename Store>
-void multiply_bytes(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
-                    const Store& store) {
-  dot_multiply<OfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead,
-                        [&](int64_t row, int64_t first, int64_t columns, int32_t* values) {
-                          for (int64_t i = 0; i < columns; ++i) values[i] -= OfBytes::kOffset * rows.sums[row];
-                          store(row, first, columns, values);
-                        });
-}
-
 // sums (R, narrow) = coefficients · vectors for R rows of coefficients from `first` on, and as many vectors, (…, narrow),
 // as a row has; where `adds`, that much more. Memory is asked for from `next` on, in passing; null asks for none.
 template <int R>
@@ -59,22 +48,37 @@ void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t
   }
 }
 
-// The same for all rows of coefficients. `next` is where the thread reads on afterwards, which it has begun to ask for;
-// null where that is not known.
-inline void combine_bytes(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, bool adds, float* sums,
-                          const char* next) {
-  if (next != nullptr) next += kFarBytes;
-  int64_t row = 0;
-  const auto some = [&]<int R>() {
-    for (; row + R <= coefficients.count; row += R) {
-      combine_byte_rows<R>(coefficients, row, vectors, narrow, adds, sums + row * narrow, next);
-      next = nullptr;
-    }
-  };
-  some.template operator()<OfBytes::kRowsTogether>();
-  if constexpr (OfBytes::kRowsTogether > 3) some.template operator()<3>();
-  if constexpr (OfBytes::kRowsTogether > 2) some.template operator()<2>();
-  some.template operator()<1>();
-}
+// Both products of an edit, a few rows at a time.
+struct ByteProducts {
+  // Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow), exactly; `store` as in `dot_multiply`.
+  template <typename Store>
+  static void multiply(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
+                       const Store& store) {
+    dot_multiply<OfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead,
+                          [&](int64_t row, int64_t first, int64_t columns, int32_t* values) {
+                            for (int64_t i = 0; i < columns; ++i) values[i] -= OfBytes::kOffset * rows.sums[row];
+                            store(row, first, columns, values);
+                          });
+  }
+
+  // sums (rows of coefficients, narrow) = coefficients · vectors for as many vectors, (…, narrow), as a row has
+  // coefficients; where `adds`, that much more. `next` is where the thread reads on afterwards, which it has begun to ask
+  // for; null where that is not known.
+  static void combine(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, bool adds, float* sums,
+                      const char* next) {
+    if (next != nullptr) next += kFarBytes;
+    int64_t row = 0;
+    const auto some = [&]<int R>() {
+      for (; row + R <= coefficients.count; row += R) {
+        combine_byte_rows<R>(coefficients, row, vectors, narrow, adds, sums + row * narrow, next);
+        next = nullptr;
+      }
+    };
+    some.template operator()<OfBytes::kRowsTogether>();
+    if constexpr (OfBytes::kRowsTogether > 3) some.template operator()<3>();
+    if constexpr (OfBytes::kRowsTogether > 2) some.template operator()<2>();
+    some.template operator()<1>();
+  }
+};
 
 }  // namespace t2app

@@ -18,6 +18,9 @@
 
 namespace t2app {
 
+// From so many edited rows on tiles are faster (`bench products`).
+constexpr int64_t kLeastRowsOfTiles = 9;
+
 // V((z − 1) ⊙ Vᵀ side) for the edited rows of a batch, each thread over its share of V. All floats of a row are in
 // even-first order.
 class Edit {
@@ -37,7 +40,12 @@ class Edit {
 
   // This thread's part of the change, from all rows' narrow side: float32, or bfloat16 as it comes.
   template <typename Value>
-  void compute(const Value* side, const Ahead& ahead);
+  void compute(const Value* side, const Ahead& ahead) {
+#ifdef __AMX_INT8__
+    if (edited.count >= kLeastRowsOfTiles) return compute_by<ByteTiles>(side, ahead);
+#endif
+    compute_by<ByteProducts>(side, ahead);
+  }
 
   // Adds what all threads have computed to the edited rows, in whole blocks from one place of theirs to another. The
   // changes are summed before they are added, so that one thread rounds as two do.
@@ -68,6 +76,9 @@ class Edit {
   const EditedTokens edited;
 
  private:
+  template <typename Bytes, typename Value>
+  void compute_by(const Value* side, const Ahead& ahead);
+
   // This thread's share of the singular vectors, in whole blocks.
   Share share() const {
     Share share(rank_ / kBlock);
@@ -90,11 +101,8 @@ static_assert(kEditBlock % OfBytes::kBlock == 0);
 // Of vectors that are read for their coordinates and again for their contributions: they stay in the second cache.
 constexpr int64_t kVectorBytesAtOnce = 1 << 18;
 
-// From so many rows on tiles are faster (`bench products`, 9 in place of 15 ms for 16 rows of a 135M model).
-constexpr int64_t kLeastRowsOfTiles = 9;
-
-template <typename Value>
-void Edit::compute(const Value* side, const Ahead& ahead) {
+template <typename Bytes, typename Value>
+void Edit::compute_by(const Value* side, const Ahead& ahead) {
   ByteRows rows(edited.count, narrow_);
   Scratch<float> row(narrow_);
   for (int64_t r = 0; r < edited.count; ++r) {
@@ -119,25 +127,13 @@ void Edit::compute(const Value* side, const Ahead& ahead) {
         weights[r * count + first - begin + v] = static_cast<float>(products[v]) * rows.scales[r] * factors[first + v];
       }
     };
-#ifdef __AMX_INT8__
-    const bool by_tiles = rows.count >= kLeastRowsOfTiles;
-    if (by_tiles) multiply_bytes_by_tiles(rows, vectors_, begin, begin + count, ahead, store);
-#else
-    constexpr bool by_tiles = false;
-#endif
-    if (!by_tiles) multiply_bytes(rows, vectors_, begin, begin + count, ahead, store);
+    Bytes::multiply(rows, vectors_, begin, begin + count, ahead, store);
     ByteRows coefficients(edited.count, count);
     for (int64_t r = 0; r < edited.count; ++r) coefficients.set(r, weights.data() + r * count);
     // These vectors are in the cache: what comes after them is asked for in passing.
     const int64_t end = begin + count;
     const char* next = end < share.end ? reinterpret_cast<const char*>(vectors_ + end * narrow_) : ahead.next();
-#ifdef __AMX_INT8__
-    if (by_tiles) {
-      combine_bytes_by_tiles(coefficients, vectors_ + begin * narrow_, narrow_, begin > share.begin, own_change(), next);
-      continue;
-    }
-#endif
-    combine_bytes(coefficients, vectors_ + begin * narrow_, narrow_, begin > share.begin, own_change(), next);
+    Bytes::combine(coefficients, vectors_ + begin * narrow_, narrow_, begin > share.begin, own_change(), next);
   }
 }
 
