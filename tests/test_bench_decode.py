@@ -8,7 +8,7 @@ import torch
 from t2app.bench.composed import ComposedWeights
 from t2app.bench.decode import answering_ways, decode_figures
 from t2app.bench.generate import generate, plain_model
-from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
+from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
 from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes, weight_operations
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
@@ -180,3 +180,11 @@ def test_llama_cpp_answers_as_ours_does(gguf, tmp_path, monkeypatch):
 def test_weights_as_bf16_are_half_as_many_bytes(gguf, tmp_path):
     write_as_bf16(gguf, tmp_path / "bf16.gguf")
     assert gguf_bytes(tmp_path / "bf16.gguf") == pytest.approx(gguf_bytes(gguf) / 2, rel=0.05)
+
+
+@needs_llama_cpp
+def test_file_that_llama_cpp_fails_on_is_known_before_it_is_measured(gguf, tmp_path):
+    assert llama_cpp_answers(gguf)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf.read_bytes()[:-100_000])
+    assert not llama_cpp_answers(broken)

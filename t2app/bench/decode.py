@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.generate import LoraBeside, generate, generate_composed, plain_model
-from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_is_there, write_as_bf16
+from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
 from t2app.bench.step import even_mixture, random_context, step_seconds, stepper, weight_bytes
 from t2app.catalogue import FOUR_BIT
 from t2app.checkpoints import ModelError, gguf_of
@@ -131,10 +131,13 @@ def _gguf_files(model_name: str, folder: Path) -> Iterator[tuple[str, Path]]:
     if gguf is None:
         log.warning("llama.cpp is not compared with: it takes GGUF files, and %s is had from safetensors", model_name)
         return
-    yield "llama_cpp", gguf
     as_bf16 = folder / "bf16.gguf"
     write_as_bf16(gguf, as_bf16)
-    yield "llama_cpp_bf16", as_bf16
+    for name, file in (("llama_cpp", gguf), ("llama_cpp_bf16", as_bf16)):
+        if llama_cpp_answers(file):
+            yield name, file
+        else:
+            log.warning("llama.cpp is not compared with on %s: it fails on this machine", file.name)
 
 
 def _times(ways: Mapping[str, Way], tokens: int, rounds: int) -> dict[str, list[float]]:

@@ -5,6 +5,8 @@ the GGUF file that the model is had from, and on the same weights as bf16; how m
 """
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -13,10 +15,22 @@ from pathlib import Path
 import torch
 from gguf import GGUFReader
 
+# Token ids that every vocabulary has, as many as a prompt may have.
+_TRIED_CONTEXT = range(64)
+
 
 def llama_cpp_is_there() -> bool:
     """Whether the package is installed; it is compiled as it is installed, and nothing else needs it."""
     return find_spec("llama_cpp") is not None
+
+
+def llama_cpp_answers(gguf: Path) -> bool:
+    """Whether it answers from a file on this CPU, tried in a process of its own, which it may end.
+
+    Version 0.3.36, as pip compiles it for a CPU with AMX, executes an illegal instruction on quantised weights.
+    """
+    tried = subprocess.run([sys.executable, "-m", __spec__.name, str(gguf)], capture_output=True)
+    return tried.returncode == 0
 
 
 class LlamaCpp:
@@ -55,3 +69,7 @@ def gguf_bytes(gguf: Path) -> int:
     if "output.weight" in sizes:
         del sizes["token_embd.weight"]
     return sum(sizes.values())
+
+
+if __name__ == "__main__":
+    LlamaCpp(Path(sys.argv[1])).answer(_TRIED_CONTEXT, 1)
