@@ -207,7 +207,7 @@ def _detach(subject: Subject) -> Outcome:
 def _rows_keep_apart(subject: Subject, plain: nn.Module, adapted: SpectralModel) -> bool:
     first, second = subject.deltas(0), subject.deltas(1)
     mixed = subject.adapted_logits(adapted, [first, None, second])
-    # As many rows are edited: of another count a library may round a product otherwise (MKL on CPUs with AVX-512).
+    # As many rows are edited: of another count a library may round a product otherwise, as torch's on an Intel Xeon.
     alone = {row: subject.adapted_logits(adapted, [deltas, None, deltas]) for row, deltas in ((0, first), (2, second))}
     moved = not torch.equal(mixed[0], subject.logits(plain)[0])
     return (

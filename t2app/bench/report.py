@@ -42,7 +42,7 @@ def report(figures: Sequence[Figure], benches: Sequence[str], model: str, precis
 
 def machine() -> dict[str, str]:
     """Processor and memory, the GPUs, and the versions of what computes on them."""
-    instructions = "/".join(cpu_instructions()) or "without AVX2"
+    instructions = "/".join(cpu_instructions()) or torch.backends.cpu.get_cpu_capability()
     gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}",

@@ -25,9 +25,10 @@ struct ByteTiles {
                       const char* next) {
     constexpr int kParts = 4;
     if (next != nullptr) next += kFarBytes;
-    // Of each part of the places and each kTileBytes vectors a tile, in whose rows four vectors are side by side.
+    // Of each part of the places and each kTileBytes vectors a tile, in whose rows four vectors are side by side. What lies
+    // after the last vector meets coefficients that are 0.
     const int64_t length = coefficients.apart / kTileBytes;
-    Scratch<int8_t> tiles(kParts * coefficients.apart * kTileRows, 0);
+    Scratch<int8_t> tiles(kParts * coefficients.apart * kTileRows);
     for (int64_t column = 0; column < narrow; column += OfBytes::kBlock) {
       for (int64_t v = 0; v < coefficients.length; v += 4) {
         if (next != nullptr) {
