@@ -3,9 +3,12 @@
 import argparse
 
 from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
+from t2app.imports import kept_imports
 from t2app.loading import EngineLoader
 from t2app.messages import Limits
-from t2app.ui import CSS, THEME, build_page
+
+with kept_imports():
+    from t2app.ui import CSS, THEME, build_page
 
 
 def main() -> None:

