@@ -2,9 +2,8 @@
 
 Decoding multiplies one or two rows by every weight of the model: a kernel for few rows reads weights as fast as memory
 gives them. Another one is for more rows, up to the tokens of a prompt, and a third one where the CPU multiplies tiles
-(AMX); for more torch is right. Where the CPU does not
-multiply bfloat16 itself, torch takes one row at a time, and such a product goes through a float32 copy of the weight
-that lives for one product. `bench products` measures all of these.
+(AMX); for more torch is right. Where the CPU does not multiply bfloat16 itself, torch takes one row at a time, and such
+a product goes through a float32 copy of the weight that lives for one product. `bench products` measures all of these.
 """
 
 from enum import IntEnum
@@ -26,10 +25,10 @@ class Kind(IntEnum):
     TILES = 2
 
 
-# Up to how many rows the first kernel is the fastest that there is: where the second one multiplies bfloat16 as it is,
-# and where it widens it. Up to how many that one is where there are tiles. And up to how many the kernels are. All by
-# `bench products`.
-_FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 1, 7
+# Up to how many rows the first kernel is the fastest that there is: beside tiles, where bfloat16 is multiplied as it is
+# without them, and where it is widened. Up to how many the second one is beside tiles. And up to how many the kernels
+# are. All by `bench products`.
+_FEW_ROWS_BESIDE_TILES, _FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 0, 1, 7
 _MANY_ROWS_BESIDE_TILES = 2
 MANY_ROWS = 256
 # What rows divide by where bfloat16 is multiplied as it is, and singular vectors on all CPUs: the most bytes that any
@@ -189,9 +188,13 @@ def _fastest_kernel(tokens: int, length: int) -> Kind | None:
     if length % WIDTH or tokens > MANY_ROWS:
         return None
     as_it_is = has_bfloat16_arithmetic() and not length % _BFLOAT16_WIDTH
-    if tokens <= (_FEW_ROWS_BESIDE_BFLOAT16 if as_it_is else _FEW_ROWS):
+    tiles = as_it_is and has_tiles()
+    few_rows = _FEW_ROWS
+    if as_it_is:
+        few_rows = _FEW_ROWS_BESIDE_TILES if tiles else _FEW_ROWS_BESIDE_BFLOAT16
+    if tokens <= few_rows:
         return Kind.FEW
-    if as_it_is and has_tiles() and tokens > _MANY_ROWS_BESIDE_TILES:
+    if tiles and tokens > _MANY_ROWS_BESIDE_TILES:
         return Kind.TILES
     # What is left to torch where it multiplies bfloat16 too.
     return Kind.MANY if as_it_is or not has_bfloat16_arithmetic() else None
