@@ -9,8 +9,8 @@ from contextlib import contextmanager
 def kept_imports() -> Iterator[None]:
     """What is made within is kept to the end of the process, and never looked through for garbage.
 
-    Python's collector goes through all objects again and again while they become more. Of a million modules, classes
-    and functions that is a fifth of what it takes to import torch and transformers.
+    Python's collector goes through all objects again and again while they become more. Torch, transformers and Gradio
+    are 800,000, and without it the first two take a sixth less to import (process time, n = 11 pairs).
     """
     enabled = gc.isenabled()
     gc.disable()
