@@ -178,7 +178,7 @@ def _four_bits(subject: Subject) -> Outcome:
     )
     deltas = subject.deltas(0)
     # Before it first runs: bitsandbytes may then pack its weights in another way.
-    unpacked = {path: _dequantized(layer.base).float() for path, layer in adapted.layers.items()}
+    unpacked = {path: _dequantized(layer.base).float().cpu() for path, layer in adapted.layers.items()}
     base, written = {}, {}
     for path, basis in subject.bases.items():
         edit = torch.eye(basis.rank) + (basis.vectors * deltas[path]) @ basis.vectors.T

@@ -9,6 +9,8 @@ from t2app.catalogue import CatalogueEntry
 _ROOM_OVER_WEIGHTS = 1.25
 # Of the host's free memory, for what works without it and is only faster with it.
 _SPARE_SHARE = 0.1
+# And of the GPUs' memory that nothing is in.
+_SPARE_GPU_SHARE = 0.5
 
 
 def memory_bytes() -> int:
@@ -22,6 +24,12 @@ def memory_bytes() -> int:
 def fits(entry: CatalogueEntry, precision: str) -> bool:
     """Whether a model of the catalogue, held in one of `catalogue.HELD_IN`, can be used on this machine."""
     return _ROOM_OVER_WEIGHTS * entry.memory_bytes(precision) <= memory_bytes()
+
+
+def gpu_can_spare(size: int) -> bool:
+    """Whether so many bytes of a GPU's memory may go to what would only be slower without them."""
+    devices = range(torch.cuda.device_count())
+    return size <= _SPARE_GPU_SHARE * (memory_bytes() - sum(map(torch.cuda.memory_allocated, devices)))
 
 
 def can_spare(size: int) -> bool:

@@ -13,10 +13,13 @@ This file knows linear layers and vectors; it does not know experts, prompts or 
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -34,8 +37,12 @@ from t2app.kernels.linear import (
     needs_gradient,
     pack_vectors,
 )
+from t2app.machine import gpu_can_spare
 from t2app.parts import Parts
 from t2app.products import edited, has_products_of_many_rows
+
+if TYPE_CHECKING:
+    from t2app.edit_matrix import EditMatrix
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
 Deltas = Mapping[str, Tensor]
@@ -43,6 +50,8 @@ Deltas = Mapping[str, Tensor]
 _FINGERPRINT_ENTRIES = 1024
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
 _FACTOR_TOKENS = 96
+# More edited rows than these read the same matrix too often: products with the vectors are as fast.
+_MATRIX_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class RowDeltas:
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
         merged: a layer of W' in place of the edit; None where there is none for these rows.
         kernel: of the edit, made when it is first used.
+        matrix: of the edit, for single tokens on a GPU; None where there is none.
     """
 
     count: int
@@ -122,6 +132,7 @@ class RowDeltas:
     delta: Tensor
     merged: FastLinear | None = None
     kernel: RowEdit | None = None
+    matrix: "EditMatrix | None" = None
 
     @property
     def edits_all(self) -> bool:
@@ -193,6 +204,11 @@ class SpectralLinear(nn.Module):
         plan = self.in_use.plan
         return None if plan is None else plan[self._path]
 
+    @property
+    def has_matrices(self) -> bool:
+        """Whether single tokens can be edited by matrices: torch brings what compiles these for a GPU on Linux."""
+        return self.device.type == "cuda" and self.vectors.dtype == torch.bfloat16 and find_spec("triton") is not None
+
     def forward(self, x: Tensor) -> Tensor:
         rows = self.rows
         if rows is None:
@@ -233,6 +249,20 @@ class SpectralLinear(nn.Module):
         kernel = self.base.kernel_for(count * tokens)
         return None if kernel is None else EditedLayer(kernel, self._edit_kernel(rows))
 
+    def matrix_bytes(self) -> int:
+        """What a matrix of these rows' edit takes; 0 where there can be none, or there is no use of one."""
+        rows = self.rows
+        if rows is None or not self.has_matrices or self._has_factors(rows) or len(rows.delta) > 1:
+            return 0
+        few = isinstance(rows.edited, slice) and rows.edited.stop - rows.edited.start <= _MATRIX_ROWS
+        return self.vectors.numel() if few else 0
+
+    def make_matrix(self) -> None:
+        """Edit the rows of the plan in use by a matrix from now on, where each has a single token."""
+        from t2app.edit_matrix import edit_matrix
+
+        self.rows.matrix = edit_matrix(self.vectors, self.rows.delta[0])
+
     def merge(self, delta: Tensor) -> None:
         """Keep the weight of z − 1 (rank,) beside the layer's own, for batches all of whose rows have it.
 
@@ -259,6 +289,8 @@ class SpectralLinear(nn.Module):
 
     def _edited(self, side: Tensor, rows: RowDeltas, bias: Tensor | None = None) -> Tensor:
         """The narrow side (rows, tokens, narrow) with its edited rows changed, by whatever does that fastest."""
+        if rows.matrix is not None and side.shape[1] == 1:
+            return rows.matrix.edited(side, rows.edited, bias)
         few = edits_fast(rows.count * side.shape[1])
         if self.packed is None or not few or needs_gradient(side, rows.delta):
             return self._edited_by_torch(side, rows, bias)
@@ -360,6 +392,20 @@ class SpectralModel:
             for path, layer in self.layers.items()
         }
 
+    def edit_by_matrices(self) -> None:
+        """Have the plan in use edit single tokens by matrices where that is faster, and memory allows."""
+        sizes = {layer: size for layer in self.layers.values() if (size := layer.matrix_bytes())}
+        if not sizes or not gpu_can_spare(sum(sizes.values())):
+            return
+        from t2app.edit_matrix import why_not
+
+        for kind in {(layer.vectors.shape[1], layer.bias is not None, layer.device) for layer in sizes}:
+            if reason := why_not(*kind):
+                _warn_once(f"steps are slower than they could be, edits go without matrices: {reason}")
+                return
+        for layer in sizes:
+            layer.make_matrix()
+
     @contextmanager
     def using(self, plan: Mapping[str, RowDeltas | None]):
         """Run batches by a plan for the time of a block; outside of one the model is the untouched one."""
@@ -395,6 +441,11 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     merged = layer.merged
     of_merged = merged is not None and shared and deltas[first] is merged.delta and len(adapted) == len(deltas)
     return RowDeltas(len(deltas), rows, delta.to(layer.device, torch.float32), merged.layer if of_merged else None)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 def require_gradients(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from t2app.bench import BENCHES, bench_named
 from t2app.bench.figure import Figure
-from t2app.bench.report import report, without_folders
+from t2app.bench.report import machine, report, without_folders
 from t2app.cli import main
 
 
@@ -40,6 +40,11 @@ def test_machine_is_told_but_not_whose_it_is():
     assert "- model: a-model, held in fp32\n" in text
     assert "| basis | error | 1 | 0.5 | 2 | 3 | max \\|VᵀV − I\\| |" in text
     assert not re.search(rf"\b{re.escape(platform.node())}\b", text) and str(Path.home()) not in text
+
+
+def test_machine_without_one_of_the_packages_is_told_too(monkeypatch):
+    monkeypatch.setattr("t2app.bench.report._PACKAGES", ("torch", "no-such-package"))
+    assert machine()["packages"] == f"torch {torch.__version__}"
 
 
 def test_every_bench_says_in_one_line_what_it_measures():

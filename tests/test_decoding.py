@@ -86,7 +86,8 @@ def test_sampled_tokens_follow_the_distribution_that_generate_draws_from(real, p
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
 def test_top_p_keeps_the_tokens_that_transformers_keeps(plain, prompts, temperature, top_p):
-    scores = torch.cat([plain(torch.tensor([prompt])).logits[0] for prompt in prompts[:2]]).detach() / temperature
+    ids = [torch.tensor([prompt], device=plain.device) for prompt in prompts[:2]]
+    scores = torch.cat([plain(prompt).logits[0] for prompt in ids]).detach() / temperature
     kept, expected = nucleus(scores, top_p), TopPLogitsWarper(top_p)(None, scores)
     assert torch.equal(kept.isinf(), expected.isinf())
     assert torch.equal(kept, expected)
@@ -144,7 +145,7 @@ def test_no_product_copies_the_weights_for_every_row(real, prompts):
 
 
 def test_between_steps_and_after_closing_the_model_is_the_plain_one(real, plain, prompts, mixtures):
-    ids = torch.tensor([prompts[0]] * 4)  # another number of rows than the stream's
+    ids = torch.tensor([prompts[0]] * 4, device=plain.device)  # another number of rows than the stream's
 
     def assert_plain() -> None:
         assert torch.equal(real.adapted.model(ids).logits, expected)
@@ -238,8 +239,13 @@ def test_stream_of_text_leaves_out_the_end_of_turn(real):
 def one_by_one(adapted, prompt: list[int], answer: list[int], mixture: Deltas | None) -> Tensor:
     """Log-probabilities of an answer the plain way: prompt and answer in one pass, no cache and no padding."""
     with adapted.rows([mixture]):
-        logits = adapted.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return log_probabilities(adapted.model, prompt, answer)
+
+
+def log_probabilities(model, prompt: list[int], answer: list[int]) -> Tensor:
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
 @pytest.mark.parametrize("lengths", [((3, 7), (1, 5)), ((1, 1), (1, 1))], ids=["many tokens", "one token"])
@@ -255,7 +261,7 @@ def test_answers_score_and_learn_as_the_plain_way_does(request, name, lengths):
     logs, mask = answer_log_probabilities(model.adapted, prompts, groups, [deltas] * len(prompts))
     assert mask.sum(1).tolist() == [length for group in lengths for length in group]
     # Every token weighs differently, as advantages make them.
-    weights = torch.randn(logs.shape, generator=generator) * mask
+    weights = torch.randn(logs.shape, generator=generator).to(logs.device) * mask
     (logs * weights).sum().backward()
 
     reference = {path: delta.detach().clone().requires_grad_() for path, delta in deltas.items()}
@@ -293,6 +299,5 @@ def test_choices_score_as_each_does_alone_in_one_pass_where_that_can_be(real, ch
 def test_base_answers_score_as_the_plain_model_scores_them(real, plain, prompts, greedy_alone):
     with torch.no_grad():
         logs, _ = answer_log_probabilities(real.adapted, [prompts[0]], [[greedy_alone[0]]], [None])
-        logits = plain(torch.tensor([prompts[0] + greedy_alone[0]])).logits[0, len(prompts[0]) - 1 : -1]
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(greedy_alone[0])[:, None])[:, 0]
+        expected = log_probabilities(plain, prompts[0], greedy_alone[0])
     torch.testing.assert_close(logs[0], expected, rtol=1e-4, atol=1e-4)

@@ -238,12 +238,14 @@ def test_expert_of_ones_own_takes_part_by_its_label_and_description(tiny):
 
 @pytest.mark.parametrize("name", [CLASSIFIER, PROMPT])
 def test_long_prompt_is_decided_on_in_parts_as_it_is_without_a_break(real, monkeypatch, name):
+    device = real.adapted.model.device.type
+    monkeypatch.setitem(prefix._PART_TOKENS, device, 256)
     dispatcher, prompt, parts = make_dispatcher(name, real), " ".join([SUM] * 50), 1
     deciding = dispatcher.deciding(prompt)
     while not (done := next_part(deciding))[0]:
         parts += 1
     assert parts > 2
-    monkeypatch.setitem(prefix._PART_TOKENS, "cpu", 10_000)
+    monkeypatch.setitem(prefix._PART_TOKENS, device, 10_000)
     ended, expected = next_part(dispatcher.deciding(prompt))
     assert ended and done[1].probabilities == pytest.approx(expected.probabilities, abs=1e-4)
 
@@ -258,9 +260,10 @@ def test_labels_score_as_in_one_text_with_the_question(real):
     scores = []
     for label in categories:
         ids = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
+        whole = torch.tensor([asked + ids], device=real.adapted.model.device)
         with torch.inference_mode():
-            logs = real.adapted.model(torch.tensor([asked + ids])).logits[0, len(asked) - 1 : -1].log_softmax(-1)
-        scores.append(logs.gather(1, torch.tensor(ids)[:, None]).sum())
+            logs = real.adapted.model(whole).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+        scores.append(logs.gather(1, whole[0, len(asked) :, None]).sum())
     expected = dict(zip(categories, torch.stack(scores).softmax(0).tolist(), strict=True))
     assert dispatcher.decide(SUM).probabilities == pytest.approx(expected, abs=1e-3)
 

@@ -97,15 +97,15 @@ def test_rows_that_join_are_copied_once_and_have_room_for_more_tokens(real):
 
 
 def test_copy_of_a_context_goes_on_by_itself(real):
-    ids = torch.arange(100, 140)[None]
+    ids, *tokens = (torch.tensor([ids], device=real.adapted.model.device) for ids in (range(100, 140), [5], [7], [9]))
     context = Context(compute_prefix(real.adapted, ids[0].tolist(), [None]).cache, None)
     copy = context.copy()
-    ways = {"own": torch.tensor([[5]]), "copied": torch.tensor([[7]])}
+    ways, last = dict(zip(("own", "copied"), tokens, strict=False)), tokens[-1]
     with torch.inference_mode():
         # In turns: each writes its token where the other would have room for its own.
         forward(real.adapted, ways["own"], context)
         forward(real.adapted, ways["copied"], copy)
         for name, went_on in (("own", context), ("copied", copy)):
-            found = forward(real.adapted, torch.tensor([[9]]), went_on)
-            whole = real.adapted.model(torch.cat([ids, ways[name], torch.tensor([[9]])], 1)).logits[:, -1:]
+            found = forward(real.adapted, last, went_on)
+            whole = real.adapted.model(torch.cat([ids, ways[name], last], 1)).logits[:, -1:]
             torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-3)

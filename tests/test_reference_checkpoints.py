@@ -82,7 +82,7 @@ def test_imported_expert_is_the_model_that_the_authors_code_composes(tiny_folder
         expected = functional_call(plain, reference_weights(plain, vectors), (ids,)).logits
         untouched = plain(ids).logits
         with tiny.adapted.rows([None, mix([expert], {"math": 1.0})]):
-            logits = tiny.adapted.model(ids).logits
+            logits = tiny.adapted.model(ids.to(tiny.adapted.model.device)).logits.cpu()
     tolerance = 1e-3 * (expected.max() - expected.min())
     assert (logits - expected)[1].abs().max() <= tolerance
     assert (expected - untouched)[1].abs().max() > 10 * tolerance

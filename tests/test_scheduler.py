@@ -18,7 +18,7 @@ import torch
 from random_mixtures import random_deltas
 from transformers import MistralConfig
 
-from t2app.decoding import Batch, collected, decode
+from t2app.decoding import Batch, batch, collected, decode, prefix
 from t2app.dispatch import Decision, Dispatcher
 from t2app.engine import Engine, EngineError, PromptError
 from t2app.fair_queue import FairQueue
@@ -74,6 +74,13 @@ def asked(real) -> list[Asked]:
         requests.append(Asked(prompt, mixtures, sampling, alone))
     assert len({len(request.prompt) for request in requests}) > 2
     return requests
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_cpu(monkeypatch) -> None:
+    """Prompts in short parts, and steps that are forward passes of the model: on a GPU they may be recorded."""
+    monkeypatch.setitem(prefix._PART_TOKENS, "cuda", prefix._PART_TOKENS["cpu"])
+    monkeypatch.setattr(batch, "recorder_for", lambda adapted: None)
 
 
 @pytest.fixture

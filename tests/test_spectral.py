@@ -53,7 +53,8 @@ def adapt(model: nn.Module, keep=lambda path: True) -> SpectralModel:
 
 
 def random_ids(model: nn.Module) -> Tensor:
-    return torch.randint(3, model.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, model.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
+    return ids.to(model.device)
 
 
 @pytest.fixture(
@@ -88,9 +89,9 @@ def write(model: nn.Module) -> Written:
     weights = {path: linear_layer(model, path).weight for path in block_linear_paths(model)}
     written = Written(deltas_of_ranks({path: min(weight.shape) for path, weight in weights.items()}, seed=7), {}, {})
     for path, weight in weights.items():
-        u, singular_values, vh = torch.linalg.svd(weight, full_matrices=False)
-        written.weights[path] = u * (singular_values * (1 + written.deltas[path])) @ vh
-        written.singular_values[path] = singular_values
+        u, singular_values, vh = torch.linalg.svd(weight.cpu(), full_matrices=False)  # a GPU's is less exact
+        written.weights[path] = (u * (singular_values * (1 + written.deltas[path])) @ vh).to(weight.device)
+        written.singular_values[path] = singular_values.to(weight.device)
     return written
 
 
@@ -237,7 +238,7 @@ def assert_detach_gives_back(model: nn.Module, paths: list[str]) -> None:
 def assert_orthonormal(vectors: Tensor) -> None:
     # (rank, rank): the columns' products with one another, in float64 so that only the basis errs.
     products = vectors.double().T @ vectors.double()
-    assert (products - torch.eye(len(products), dtype=torch.float64)).abs().max() <= 1e-4
+    assert (products - torch.eye(len(products)).to(products)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])

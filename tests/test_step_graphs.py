@@ -78,7 +78,8 @@ def test_what_lies_in_the_room_behind_the_tokens_is_not_seen(tiny):
         layer.reserve(64)
         for room in layer.extend(0):
             room[..., layer.get_seq_length() :, :] = torch.nan
-    step = FixedStep(tiny.adapted, context, torch.tensor([[first[0]]]), torch.tensor([[3]]))
+    ids, places = (torch.tensor([[value]], device=tiny.adapted.model.device) for value in (first[0], 3))
+    step = FixedStep(tiny.adapted, context, ids, places)
     assert step.run().argmax().item() == batch.step()[0]
 
 

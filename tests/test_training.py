@@ -73,7 +73,7 @@ def values(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[path]) for path, value in first.items())
+    assert all(torch.equal(value.cpu(), second[path].cpu()) for path, value in first.items())
 
 
 def logged_steps(folder) -> list[int]:
@@ -96,7 +96,7 @@ def test_training_that_starts_from_an_expert_goes_on_from_it(tiny, whole_run, tm
     start, *steps = further.run()
     assert start.validation == first.best and further.base_validation == first.base_validation
     assert len(steps) == 2 and further.best >= first.best
-    assert any(not torch.equal(value, begun[path]) for path, value in values(further).items())
+    assert any(not torch.equal(value.cpu(), begun[path]) for path, value in values(further).items())
     assert load_expert(further.file, tiny.identity).training["start"].startswith("even (")
     with pytest.raises(ValueError, match="other settings"):
         Trainer(tiny, EvenLength(), replace(SETTINGS, steps=2), tmp_path, "even")
@@ -139,7 +139,7 @@ def test_training_teaches_the_real_model_what_is_rewarded(real, tmp_path):
     rewards = [step.reward for step in trainer.run()][1:]
     assert rewards[0] < 0.3 and rewards[-1] > 0.8
     [the] = real.tokenizer("The", add_special_tokens=False)["input_ids"]
-    unseen = torch.tensor([real.prompt_ids("Tell me about mountains.")] * 2)
+    unseen = torch.tensor([real.prompt_ids("Tell me about mountains.")] * 2, device=real.adapted.model.device)
     with torch.no_grad(), real.adapted.rows([None, values(trainer)]):
         base, trained = real.adapted.model(unseen).logits[:, -1].softmax(-1)[:, the]
     assert base < 0.3 and trained > 0.8
@@ -165,7 +165,8 @@ def test_imitation_loss_is_the_models_cross_entropy_of_the_solutions_and_their_e
         prompt = tiny.prompt_ids(example.prompt)
         solution = [*tiny.tokenizer(example.solution)["input_ids"], tiny.eos_ids[0]]
         with torch.no_grad():
-            logs = tiny.adapted.model(torch.tensor([prompt + solution])).logits[0].log_softmax(-1)
+            ids = torch.tensor([prompt + solution], device=tiny.adapted.model.device)
+            logs = tiny.adapted.model(ids).logits[0].log_softmax(-1)
         nats -= sum(logs[len(prompt) + i - 1, token].item() for i, token in enumerate(solution))
         tokens += len(solution)
     assert first.imitation_loss == pytest.approx(nats / tokens, rel=1e-4)

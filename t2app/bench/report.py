@@ -8,7 +8,8 @@ import inspect
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -49,8 +50,14 @@ def machine() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "GPU": ", ".join(gpus) or "none",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "packages": ", ".join(f"{package} {version(package)}" for package in _PACKAGES),
+        "packages": ", ".join(_versions()),
     }
+
+
+def _versions() -> Iterator[str]:
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):  # a machine without a page needs no Gradio
+            yield f"{package} {version(package)}"
 
 
 def _held_in(precision: str) -> str:

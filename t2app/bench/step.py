@@ -109,5 +109,7 @@ def weight_operations(model: Model, rows: int, edited_rows: int) -> int:
 
 
 def _read_of(layer: SpectralLinear) -> int:
-    vectors = (layer.vectors,) if layer.packed is None else layer.packed
-    return sum(tensor.nbytes for tensor in vectors)
+    if layer.packed is not None:
+        return sum(tensor.nbytes for tensor in layer.packed)
+    # Of a matrix an entry is a byte.
+    return layer.vectors.numel() if layer.has_matrices else layer.vectors.nbytes

@@ -8,10 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from t2app.key_values import GrowingLayer, room_for
 from t2app.spectral import SpectralModel, execution_device
+
+# Of torch's ways to attend on a GPU all but cuDNN's, which is planned anew for each number of tokens: that takes
+# several times what the rest of a step does.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -170,7 +175,8 @@ def forward(
     if places is not None:
         arguments["position_ids"] = places
     arguments |= others
-    return adapted.model(**arguments).logits
+    with sdpa_kernel(_ATTENTION):
+        return adapted.model(**arguments).logits
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ reads and writes the same memory each time, so the step is one over tensors that
 values are written to the place that a tensor tells, and attention is given the room behind them too, masked.
 
 A recording is used only where it gave what the same step gave before it; where it cannot be made, steps go on as they
-are on a CPU. This was not run on a GPU yet: the tests run all but the recording itself.
+are on a CPU. Tests without a GPU run all but the recording itself.
 """
 
 import logging
@@ -106,6 +106,7 @@ class StepGraphs:
         for layer in context.cache.layers:
             length = layer.get_seq_length() + _LEAST_ROOM
             layer.reserve(length + -length % _ROOM_UNIT)
+        self._adapted.edit_by_matrices()
         self._step = FixedStep(self._adapted, context, ids, places)
         try:
             self._replay = self._record(self._step)
