@@ -16,7 +16,7 @@ from torch import Tensor
 from triton import language as tl
 from triton.errors import TritonError
 
-# Of the matrix, by one program: so many of its rows, in parts of so many entries.
+# Of the matrix, by one program: so many of its rows, in parts of so many entries at most.
 _ROWS, _ENTRIES, _WARPS = 4, 4096, 8
 # Several times what rounding to bfloat16 does, of a product's norm.
 _TOLERANCE = 0.02
@@ -48,6 +48,7 @@ class EditMatrix(NamedTuple):
         side = side.contiguous()
         count, _, narrow = side.shape
         result = torch.empty_like(side)
+        entries = min(_ENTRIES, triton.next_power_of_2(narrow))
         grid = (triton.cdiv(narrow, _ROWS), count)
         _edited[grid](
             side,
@@ -58,8 +59,9 @@ class EditMatrix(NamedTuple):
             rows.stop,
             narrow,
             bias is not None,
+            narrow % _ROWS == 0 and narrow % entries == 0,
             _ROWS,
-            _ENTRIES,
+            entries,
             num_warps=_WARPS,
         )
         return result
@@ -96,6 +98,15 @@ def edit_matrix(vectors: Tensor, delta: Tensor) -> EditMatrix:
     return EditMatrix(matrix.div_(scales[:, None]).nan_to_num_().round_().to(torch.int8), scales, diagonal)
 
 
+@triton.jit
+def _loaded(pointers, inside, whole: tl.constexpr):
+    """What lies there, and 0 where nothing is inside. Masks cost, also one that hides nothing of what is whole."""
+    if whole:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0)
+
+
 @triton.jit(do_not_specialize=["start", "stop"])
 def _edited(
     side,
@@ -108,6 +119,7 @@ def _edited(
     stop,
     narrow: tl.constexpr,
     has_bias: tl.constexpr,
+    whole: tl.constexpr,
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
@@ -116,24 +128,22 @@ def _edited(
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = places < narrow
     side += row * narrow
-    value = tl.load(side + places, mask=there, other=0).to(tl.float32)
+    value = _loaded(side + places, there, whole).to(tl.float32)
     if (row >= start) & (row < stop):
         sums = tl.zeros((ROWS, ENTRIES), tl.float32)
         for first in tl.static_range(0, narrow, ENTRIES):
             entries = first + tl.arange(0, ENTRIES)
             inside = entries < narrow
-            part = tl.load(
-                integers + places[:, None] * narrow + entries[None, :],
-                mask=there[:, None] & inside[None, :],
-                other=0,
+            part = _loaded(
+                integers + places[:, None] * narrow + entries[None, :], there[:, None] & inside[None, :], whole
             )
-            x = tl.load(side + entries, mask=inside, other=0).to(tl.float32)
+            x = _loaded(side + entries, inside, whole).to(tl.float32)
             if has_bias:
-                x -= tl.load(bias + entries, mask=inside, other=0).to(tl.float32)
+                x -= _loaded(bias + entries, inside, whole).to(tl.float32)
             sums += part.to(tl.float32) * x[None, :]
         own = value
         if has_bias:
-            own -= tl.load(bias + places, mask=there, other=0).to(tl.float32)
-        change = tl.sum(sums, 1) * tl.load(scales + places, mask=there, other=0)
-        value += change + own * tl.load(diagonal + places, mask=there, other=0)
+            own -= _loaded(bias + places, there, whole).to(tl.float32)
+        change = tl.sum(sums, 1) * _loaded(scales + places, there, whole)
+        value += change + own * _loaded(diagonal + places, there, whole)
     tl.store(result + row * narrow + places, value, mask=there)

@@ -9,7 +9,7 @@ from t2app.catalogue import CatalogueEntry
 _ROOM_OVER_WEIGHTS = 1.25
 # Of the host's free memory, for what works without it and is only faster with it.
 _SPARE_SHARE = 0.1
-# And of the GPUs' memory that nothing is in.
+# And of a GPU's memory that nothing is in.
 _SPARE_GPU_SHARE = 0.5
 
 
@@ -26,10 +26,10 @@ def fits(entry: CatalogueEntry, precision: str) -> bool:
     return _ROOM_OVER_WEIGHTS * entry.memory_bytes(precision) <= memory_bytes()
 
 
-def gpu_can_spare(size: int) -> bool:
+def gpu_can_spare(size: int, device: torch.device) -> bool:
     """Whether so many bytes of a GPU's memory may go to what would only be slower without them."""
-    devices = range(torch.cuda.device_count())
-    return size <= _SPARE_GPU_SHARE * (memory_bytes() - sum(map(torch.cuda.memory_allocated, devices)))
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size <= _SPARE_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept_by_torch)
 
 
 def can_spare(size: int) -> bool:

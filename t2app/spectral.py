@@ -8,7 +8,8 @@ W's narrow side is needed to compute W'x from Wx:
 
 so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
 batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
-Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own.
+Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own. Where
+rows have one z for many single tokens on a GPU, V diag(z − 1) Vᵀ is cheapest as one matrix (edit_matrix.py).
 This file knows linear layers and vectors; it does not know experts, prompts or how a model is loaded.
 """
 
@@ -393,14 +394,17 @@ class SpectralModel:
         }
 
     def edit_by_matrices(self) -> None:
-        """Have the plan in use edit single tokens by matrices where that is faster, and memory allows."""
+        """Have the plan in use edit single tokens by matrices where that is faster, and memory allows.
+
+        It takes a model whose layers all compute on one device.
+        """
         sizes = {layer: size for layer in self.layers.values() if (size := layer.matrix_bytes())}
-        if not sizes or not gpu_can_spare(sum(sizes.values())):
+        if not sizes or not gpu_can_spare(sum(sizes.values()), device := next(iter(sizes)).device):
             return
         from t2app.edit_matrix import why_not
 
-        for kind in {(layer.vectors.shape[1], layer.bias is not None, layer.device) for layer in sizes}:
-            if reason := why_not(*kind):
+        for narrow, biased in {(layer.vectors.shape[1], layer.bias is not None) for layer in sizes}:
+            if reason := why_not(narrow, biased, device):
                 _warn_once(f"steps are slower than they could be, edits go without matrices: {reason}")
                 return
         for layer in sizes:

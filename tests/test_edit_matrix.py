@@ -46,7 +46,7 @@ def test_rows_of_the_real_model_are_edited_as_by_their_singular_vectors(real, la
     assert_edits_as(vectors, slice(1, 2), 2, biased=False)
 
 
-@pytest.mark.parametrize("narrow", [8, 96, 1100])
+@pytest.mark.parametrize("narrow", [8, 96, 128, 1100])
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 3), slice(0, 1)])
 def test_any_width_and_rows_are_edited_beside_a_bias(narrow, rows):
     basis = basis_of(normal(narrow + 1, narrow, seed=0))
@@ -57,7 +57,7 @@ def test_any_width_and_rows_are_edited_beside_a_bias(narrow, rows):
 def adapted(small, monkeypatch) -> SpectralModel:
     """A small model in bfloat16 that is taken for one on a GPU."""
     monkeypatch.setattr(SpectralLinear, "has_matrices", True)
-    monkeypatch.setattr(spectral, "gpu_can_spare", lambda size: True)
+    monkeypatch.setattr(spectral, "gpu_can_spare", lambda size, device: True)
     bases = {path: basis_of(linear_layer(small, path).weight) for path in block_linear_paths(small)}
     return SpectralModel(deepcopy(small).to(DEVICE, torch.bfloat16), bases)
 
@@ -94,7 +94,7 @@ def test_matrices_are_made_for_few_rows_of_one_mixture_where_memory_allows(adapt
     some = dict(list(first.items())[:2])
     assert [path for path, made in matrices(adapted, [None, some]).items() if made] == list(some)
     sizes = []
-    monkeypatch.setattr(spectral, "gpu_can_spare", lambda size: sizes.append(size))
+    monkeypatch.setattr(spectral, "gpu_can_spare", lambda size, device: sizes.append(size))
     assert not any(matrices(adapted, [None, first]).values())
     assert sizes == [sum(layer.rank**2 for layer in adapted.layers.values())]
 

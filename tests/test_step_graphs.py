@@ -59,9 +59,9 @@ def tokens_of(model, record, tokens: int) -> dict[int, list[int]]:
 def test_rows_that_come_and_go_get_the_tokens_of_steps_that_are_not_recorded(real):
     rehearsal = Rehearsal()
     assert tokens_of(real, rehearsal, 34) == tokens_of(real, None, 34)
-    # Of every company's steps all but the eight before a recording: two rows, four, three, and the one that is left.
+    # Of every company's steps all but the three before a recording: two rows, four, three, and the one that is left.
     assert rehearsal.made == 4
-    assert rehearsal.replayed == 4 + 4 + 1 + 4
+    assert rehearsal.replayed == 9 + 9 + 6 + 9
 
 
 def test_a_step_is_recorded_anew_where_its_room_is_full(tiny):

@@ -20,9 +20,9 @@ from t2app.decoding.context import Context, device_of, forward
 from t2app.key_values import GrowingLayer
 from t2app.spectral import SpectralModel
 
-# Steps of the same rows before one is recorded. That takes as long as several steps, which rows that soon come or go do
-# not make up for.
-_STEPS_BEFORE = 8
+# Steps of the same rows before one is recorded. That takes as long as some more of them, which rows that soon come or
+# go do not make up for.
+_STEPS_BEFORE = 3
 # A recorded step's room: for so many tokens at least, in all a number that attention takes a mask of without a copy.
 _LEAST_ROOM, _ROOM_UNIT = 128, 16
 # By how much of the largest logit a recorded step's may be others: bfloat16 rounds to a 256th.
