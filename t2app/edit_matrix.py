@@ -100,7 +100,7 @@ def edit_matrix(vectors: Tensor, delta: Tensor) -> EditMatrix:
 
 @triton.jit
 def _loaded(pointers, inside, whole: tl.constexpr):
-    """What lies there, and 0 where nothing is inside. Masks cost, also one that hides nothing of what is whole."""
+    """What lies there, and 0 where nothing is inside; where the whole side fits, it is read without a mask."""
     if whole:
         return tl.load(pointers)
     else:

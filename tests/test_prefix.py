@@ -97,10 +97,13 @@ def test_rows_that_join_are_copied_once_and_have_room_for_more_tokens(real):
 
 
 def test_copy_of_a_context_goes_on_by_itself(real):
-    ids, *tokens = (torch.tensor([ids], device=real.adapted.model.device) for ids in (range(100, 140), [5], [7], [9]))
+    def row(*tokens: int) -> torch.Tensor:
+        return torch.tensor([tokens], device=real.adapted.model.device)
+
+    ids, last = row(*range(100, 140)), row(9)
     context = Context(compute_prefix(real.adapted, ids[0].tolist(), [None]).cache, None)
     copy = context.copy()
-    ways, last = dict(zip(("own", "copied"), tokens, strict=False)), tokens[-1]
+    ways = {"own": row(5), "copied": row(7)}
     with torch.inference_mode():
         # In turns: each writes its token where the other would have room for its own.
         forward(real.adapted, ways["own"], context)
