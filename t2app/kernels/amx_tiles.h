@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "ahead.h"
+#include "columns.h"
 #include "scratch.h"
 
 namespace t2app {
@@ -178,11 +179,10 @@ void sum_tiles(const char* weights, int64_t bytes_apart, const int32_t* rows, in
   if constexpr (W > 1 && G > 1) store.template operator()<3>();
 }
 
-// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k); `store` takes a row, the first of some columns that follow
-// one another, how many they are, and their values.
-template <typename Of, typename Store>
+// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k).
+template <typename Of>
 void multiply_by_tiles(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
-                       int64_t end, int64_t k, const Ahead& ahead, const Store& store) {
+                       int64_t end, int64_t k, const Ahead& ahead, const StoreColumns<typename Of::Total>& store) {
   constexpr int64_t kColumns = 2 * kTileRows;
   const int64_t bytes_apart = k * sizeof(*weight);
   const RowTiles tiles(x, rows, bytes_apart);

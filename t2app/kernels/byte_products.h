@@ -12,6 +12,7 @@
 
 #include "ahead.h"
 #include "byte_rows.h"
+#include "columns.h"
 #include "tiles.h"
 
 namespace t2app {
@@ -50,10 +51,9 @@ void combine_byte_rows(const ByteRows& coefficients, int64_t first, const int8_t
 
 // Both products of an edit, a few rows at a time.
 struct ByteProducts {
-  // Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow), exactly; `store` as in `dot_multiply`.
-  template <typename Store>
+  // Columns begin to end of x Vᵀ for rows of x and vectors (rank, narrow), exactly.
   static void multiply(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
-                       const Store& store) {
+                       const StoreColumns<int32_t>& store) {
     dot_multiply<OfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead,
                           [&](int64_t row, int64_t first, int64_t columns, int32_t* values) {
                             for (int64_t i = 0; i < columns; ++i) values[i] -= OfBytes::kOffset * rows.sums[row];

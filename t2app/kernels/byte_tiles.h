@@ -8,6 +8,7 @@
 #include "ahead.h"
 #include "amx_tiles.h"
 #include "byte_rows.h"
+#include "columns.h"
 
 namespace t2app {
 
@@ -15,9 +16,8 @@ static_assert(kEditBlock == kTileBytes);
 
 // `ByteProducts` for many rows.
 struct ByteTiles {
-  template <typename Store>
   static void multiply(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
-                       const Store& store) {
+                       const StoreColumns<int32_t>& store) {
     multiply_by_tiles<TilesOfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead, store);
   }
 

@@ -30,9 +30,8 @@ class DotRows : public LayerJob {
     edit_->compute(edits_input_ ? x_ : rounded_product_.data(), ahead);
   }
 
-  // This thread's columns of x Wᵀ, to `store`.
-  template <typename Store>
-  void product(const uint16_t* x, const Ahead& ahead, const Store& store) const {
+  // This thread's columns of x Wᵀ.
+  void product(const uint16_t* x, const Ahead& ahead, const StoreColumns<float>& store) const {
     const Share share(n_);
 #ifdef __AMX_BF16__
     if (layer_.kind == Kind::kTiles) {

@@ -42,10 +42,21 @@ class Edit {
   // This thread's part of the change, from all rows' narrow side: float32, or bfloat16 as it comes.
   template <typename Value>
   void compute(const Value* side, const Ahead& ahead) {
+    ByteRows rows(edited.count, narrow_);
+    Scratch<float> row(narrow_);
+    for (int64_t r = 0; r < edited.count; ++r) {
+      const Value* values = side + (edited.first + r) * narrow_;
+      if constexpr (std::is_same_v<Value, float>) {
+        rows.set(r, values);
+      } else {
+        put_even_first(values, narrow_, row.data());
+        rows.set(r, row.data());
+      }
+    }
 #ifdef __AMX_INT8__
-    if (edited.count >= kLeastRowsOfTiles) return compute_by<ByteTiles>(side, ahead);
+    if (edited.count >= kLeastRowsOfTiles) return compute_by<ByteTiles>(rows, ahead);
 #endif
-    compute_by<ByteProducts>(side, ahead);
+    compute_by<ByteProducts>(rows, ahead);
   }
 
   // Adds what all threads have computed to the edited rows, in whole blocks from one place of theirs to another. The
@@ -77,8 +88,8 @@ class Edit {
   const EditedTokens edited;
 
  private:
-  template <typename Bytes, typename Value>
-  void compute_by(const Value* side, const Ahead& ahead);
+  template <typename Bytes>
+  void compute_by(const ByteRows& rows, const Ahead& ahead);
 
   // This thread's share of the singular vectors, in whole blocks.
   Share share() const {
@@ -102,19 +113,8 @@ static_assert(kEditBlock % OfBytes::kBlock == 0);
 // Of vectors that are read for their coordinates and again for their contributions: they stay in the second cache.
 constexpr int64_t kVectorBytesAtOnce = 1 << 18;
 
-template <typename Bytes, typename Value>
-void Edit::compute_by(const Value* side, const Ahead& ahead) {
-  ByteRows rows(edited.count, narrow_);
-  Scratch<float> row(narrow_);
-  for (int64_t r = 0; r < edited.count; ++r) {
-    const Value* values = side + (edited.first + r) * narrow_;
-    if constexpr (std::is_same_v<Value, float>) {
-      rows.set(r, values);
-    } else {
-      put_even_first(values, narrow_, row.data());
-      rows.set(r, row.data());
-    }
-  }
+template <typename Bytes>
+void Edit::compute_by(const ByteRows& rows, const Ahead& ahead) {
   const Share share = this->share();
   // Their coefficients share a scale: with half the vectors at most, one thread rounds an edit as two threads do.
   const int64_t at_once = std::max(std::min(kVectorBytesAtOnce / narrow_, rank_ / 2) / kBlock, int64_t{1}) * kBlock;

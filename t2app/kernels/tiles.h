@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "ahead.h"
+#include "columns.h"
 #include "vector.h"
 #include "scratch.h"
 
@@ -163,11 +164,10 @@ void dot_columns_in_turn(const typename Of::Element* x, int64_t rows, const type
   tiles.template operator()<1>();
 }
 
-// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k); `store` takes a row, the first of some columns that follow
-// one another, how many they are, and their values.
-template <typename Of, typename Store>
+// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k).
+template <typename Of>
 void dot_multiply(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
-                  int64_t end, int64_t k, const Ahead& ahead, const Store& store) {
+                  int64_t end, int64_t k, const Ahead& ahead, const StoreColumns<typename Of::Total>& store) {
   static_assert(kColumnsAtOnce % Of::kColumns == 0);
   Scratch<typename Of::Total> results(rows * kColumnsAtOnce);
   for (int64_t first = begin; first < end; first += kColumnsAtOnce) {

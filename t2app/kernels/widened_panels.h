@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "ahead.h"
+#include "columns.h"
 #include "scratch.h"
 #include "vector.h"
 
@@ -89,11 +90,9 @@ inline void multiply_panel_by(int64_t rows, const float* x, const float* panel, 
   }
 }
 
-// Columns begin to end of x Wᵀ for x (rows, k) in even-first order and W (n, k); `store` takes a row, the first of some
-// columns that follow one another, how many they are, and their values.
-template <typename Store>
-void multiply_many(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
-                   const Ahead& ahead, const Store& store) {
+// Columns begin to end of x Wᵀ for x (rows, k) in even-first order and W (n, k).
+inline void multiply_many(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
+                          const Ahead& ahead, const StoreColumns<float>& store) {
   // Of about one height: a panel is loaded once for a tile, so that one of two rows takes as long as one of four.
   const int64_t tiles = (rows + kPanelRows - 1) / kPanelRows, panel_bytes = kPanelColumns * k * sizeof(*weight);
   Scratch<float> panel(k * kPanelColumns), results(rows * kPanelColumns);

@@ -20,9 +20,8 @@ constexpr int64_t kFewColumnsAtOnce = 16;
 
 // `multiply_many` for a few rows: decoding multiplies one or two by every weight of the model, so a step costs what reading
 // the weights costs, if they are asked for before they are needed.
-template <typename Store>
-void multiply_few(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
-                  const Ahead& ahead, const Store& store) {
+inline void multiply_few(const float* x, int64_t rows, const uint16_t* weight, int64_t begin, int64_t end, int64_t k,
+                         const Ahead& ahead, const StoreColumns<float>& store) {
   float results[kRowsAtOnce][kFewColumnsAtOnce];
   for (int64_t tile = begin; tile < end; tile += kFewColumnsAtOnce) {
     const int64_t columns = std::min(kFewColumnsAtOnce, end - tile);
@@ -47,9 +46,8 @@ class WidenedRows : public LayerJob {
   }
 
  private:
-  // This thread's share of the columns of x Wᵀ; `store` is as for `multiply_many`.
-  template <typename Store>
-  void multiply_columns(const float* x, const Ahead& ahead, const Store& store) const {
+  // This thread's share of the columns of x Wᵀ.
+  void multiply_columns(const float* x, const Ahead& ahead, const StoreColumns<float>& store) const {
     const Share share(n_);
     if (layer_.kind == Kind::kMany) {
       multiply_many(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
