@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 Deltas = Mapping[str, Tensor]
 
 _FINGERPRINT_ENTRIES = 1024
+# Of rows, one after another, that a Gram matrix is computed in.
+_GRAM_STRIPS = 4
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
 _FACTOR_TOKENS = 96
 # More edited rows than these read the same matrix too often: products with the vectors are as fast.
@@ -83,13 +85,24 @@ def basis_of(weight: Tensor) -> Basis:
     out_features, in_features = weight.shape
     edits_input = in_features <= out_features
     matrix = weight.detach().to(torch.float64)
-    gram = matrix.T @ matrix if edits_input else matrix @ matrix.T
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    eigenvalues, eigenvectors = torch.linalg.eigh(_lower_gram(matrix if edits_input else matrix.T), UPLO="L")
     return Basis(
         vectors=eigenvectors.flip(1).to(torch.float32).contiguous(),
         singular_values=eigenvalues.flip(0).clamp_min(0).sqrt().to(torch.float32),
         edits_input=edits_input,
     )
+
+
+def _lower_gram(matrix: Tensor) -> Tensor:
+    """XᵀX (n, n) for X (m, n), its lower triangle alone: what lies above means nothing."""
+    n = matrix.shape[1]
+    gram = matrix.new_empty(n, n)
+    # Some rows at a time, each as far as the triangle goes: five eighths of the products.
+    height = -(-n // _GRAM_STRIPS)
+    for begin in range(0, n, height):
+        end = min(begin + height, n)
+        gram[begin:end, :end] = matrix[:, begin:end].T @ matrix[:, :end]
+    return gram
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
