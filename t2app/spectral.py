@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Deltas = Mapping[str, Tensor]
 
 _FINGERPRINT_ENTRIES = 1024
-# Of rows, one after another, that a Gram matrix is computed in.
+# Strips of rows that a Gram matrix is computed in.
 _GRAM_STRIPS = 4
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
 _FACTOR_TOKENS = 96
@@ -97,10 +97,10 @@ def _lower_gram(matrix: Tensor) -> Tensor:
     """XᵀX (n, n) for X (m, n), its lower triangle alone: what lies above means nothing."""
     n = matrix.shape[1]
     gram = matrix.new_empty(n, n)
-    # Some rows at a time, each as far as the triangle goes: five eighths of the products.
+    # Each strip as far as the triangle goes: of four, five eighths of the products.
     height = -(-n // _GRAM_STRIPS)
     for begin in range(0, n, height):
-        end = min(begin + height, n)
+        end = begin + height
         gram[begin:end, :end] = matrix[:, begin:end].T @ matrix[:, :end]
     return gram
 

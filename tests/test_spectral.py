@@ -251,6 +251,20 @@ def test_basis_is_orthonormal_with_the_singular_values_of_the_matrix(shape):
     torch.testing.assert_close(basis.singular_values, torch.linalg.svdvals(weight), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (40, 70), (71, 41)])
+def test_basis_reads_no_memory_that_was_not_written(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = basis_of(weight)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # such memory is full of NaN then
+    try:
+        assert weight.new_empty(3).isnan().all()
+        basis = basis_of(weight)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(basis.vectors, expected.vectors)
+    assert torch.equal(basis.singular_values, expected.singular_values)
+
+
 def test_basis_of_a_matrix_of_low_rank_is_still_orthonormal():
     generator = torch.Generator().manual_seed(0)
     basis = basis_of(torch.randn(40, 3, generator=generator) @ torch.randn(3, 24, generator=generator))
