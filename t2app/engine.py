@@ -5,6 +5,7 @@ of them shows an event.
 """
 
 import time
+from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
@@ -35,8 +36,8 @@ from t2app.vision import PictureInputs
 __all__ = ["STREAMS", "Engine", "EngineError", "PromptError"]
 
 STREAMS = ("base", "adapted")
-# Mixtures that were used last and are not made anew.
-_KEPT_MIXTURES = 16
+# Mixtures that were used last and are not made anew, and those of them at most that wait for their matrices.
+_KEPT_MIXTURES, _WAITING_MIXTURES = 16, 8
 
 
 class PromptError(ValueError):
@@ -56,6 +57,7 @@ class Engine:
         self._scheduler = Scheduler(model.adapted, model.eos_ids, limits or Limits(), model.beginning())
         # What is kept for a mixture is found again by the same object.
         self._mixture = lru_cache(_KEPT_MIXTURES)(partial(_mixture, model.experts))
+        self._without_matrices: deque[Deltas] = deque(maxlen=_WAITING_MIXTURES)
 
     @property
     def model(self) -> Model:
@@ -86,6 +88,9 @@ class Engine:
         if name not in self._dispatchers:
             self._dispatchers[name] = dispatcher = make_dispatcher(name, self.model)
             self._scheduler.when_idle(dispatcher.speeding_up())
+            # It may give any of them the whole weight.
+            for expert in self.model.experts:
+                self._make_matrices_when_idle(self._mixture(_frozen({expert.name: 1.0})))
 
     def answer(
         self,
@@ -121,6 +126,8 @@ class Engine:
         with self._scheduler.caller(user) as caller:
             decision, seconds = yield from caller.run_in_parts(_timed(dispatcher.deciding(prompt)))
             mixture = self._mixture(_frozen(decision.weights))
+            if mixture is not None:
+                self._make_matrices_when_idle(mixture)
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -158,6 +165,22 @@ class Engine:
                 f"for {most:,} together. Shorten the prompt or ask for a shorter answer."
             )
 
+    def _make_matrices_when_idle(self, mixture: Deltas) -> None:
+        """Have later answers by a mixture be faster and, but for rounding, no different."""
+        if self.model.adapted.has_matrices_of(mixture):
+            return
+        others_wait = bool(self._without_matrices)
+        self._without_matrices.append(mixture)
+        if not others_wait:
+            self._scheduler.when_idle(self._making_matrices())
+
+    def _making_matrices(self) -> Parts[None]:
+        try:
+            while self._without_matrices:
+                yield from self.model.adapted.making_matrices(self._without_matrices.pop())
+        finally:
+            self._without_matrices.clear()
+
     def _second_pass(
         self,
         caller: Caller,
@@ -191,8 +214,9 @@ class Engine:
 
 
 def _frozen(weights: Mapping[str, Alpha]) -> tuple[tuple[str, Alpha], ...]:
-    """Weights as a key to look a mixture up by."""
-    return tuple((name, tuple(alpha) if isinstance(alpha, Sequence) else alpha) for name, alpha in weights.items())
+    """Weights as a key to look a mixture up by, without those who take no part."""
+    frozen = ((name, tuple(alpha) if isinstance(alpha, Sequence) else alpha) for name, alpha in weights.items())
+    return tuple((name, alpha) for name, alpha in frozen if alpha != 0)
 
 
 def _mixture(experts: Sequence[Expert], weights: tuple[tuple[str, Alpha], ...]) -> Deltas | None:

@@ -9,7 +9,7 @@ W's narrow side is needed to compute W'x from Wx:
 so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
 batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
 Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own. Where
-rows have one z for many single tokens on a GPU, V diag(z − 1) Vᵀ is cheapest as one matrix (edit_matrix.py).
+rows have one z for many single tokens, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix (edit_matrix.py).
 This file knows linear layers and vectors; it does not know experts, prompts or how a model is loaded.
 """
 
@@ -31,14 +31,19 @@ from torch.nn import functional as F
 from t2app.kernels.linear import (
     EditedLayer,
     FastLinear,
+    MatrixEdit,
+    PackedMatrix,
     RowEdit,
+    VectorEdit,
     edits_fast,
     has_fast_linears,
     integers_in_order,
     needs_gradient,
     pack_vectors,
+    packed_matrix,
+    packed_matrix_bytes,
 )
-from t2app.machine import gpu_can_spare
+from t2app.machine import can_spare, gpu_can_spare
 from t2app.parts import Parts
 from t2app.products import edited, has_products_of_many_rows
 
@@ -55,6 +60,8 @@ _GRAM_STRIPS = 4
 _FACTOR_TOKENS = 96
 # More edited rows than these read the same matrix too often: products with the vectors are as fast.
 _MATRIX_ROWS = 4
+# Mixtures that have matrices for the kernels at a time.
+_KEPT_MATRICES = 8
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,13 @@ class Merged(NamedTuple):
     layer: FastLinear
 
 
+class _KeptMatrices(NamedTuple):
+    """A mixture, which is known again as this object, and its matrices by layer."""
+
+    deltas: Deltas
+    by_layer: Mapping[str, PackedMatrix]
+
+
 @dataclass(eq=False)
 class RowDeltas:
     """Which rows of a batch one layer edits, and by what.
@@ -137,16 +151,17 @@ class RowDeltas:
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
         merged: a layer of W' in place of the edit; None where there is none for these rows.
-        kernel: of the edit, made when it is first used.
-        matrix: of the edit, for single tokens on a GPU; None where there is none.
+        matrix: of the edit, for single tokens: packed for the kernels, whole on a GPU; None where there is none.
+        kernel: of the edit; matrix_kernel: of the packed matrix. Each is made when it is first used.
     """
 
     count: int
     edited: slice | Tensor
     delta: Tensor
     merged: FastLinear | None = None
+    matrix: "EditMatrix | PackedMatrix | None" = None
     kernel: RowEdit | None = None
-    matrix: "EditMatrix | None" = None
+    matrix_kernel: RowEdit | None = None
 
     @property
     def edits_all(self) -> bool:
@@ -261,10 +276,10 @@ class SpectralLinear(nn.Module):
         if self._has_factors(rows) and count * tokens >= _FACTOR_TOKENS:
             return None
         kernel = self.base.kernel_for(count * tokens)
-        return None if kernel is None else EditedLayer(kernel, self._edit_kernel(rows))
+        return None if kernel is None else EditedLayer(kernel, self._edit_kernel(rows, tokens))
 
     def matrix_bytes(self) -> int:
-        """What a matrix of these rows' edit takes; 0 where there can be none, or there is no use of one."""
+        """What a whole matrix of these rows' edit takes; 0 where there can be none, or there is no use of one."""
         rows = self.rows
         if rows is None or not self.has_matrices or self._has_factors(rows) or len(rows.delta) > 1:
             return 0
@@ -272,10 +287,14 @@ class SpectralLinear(nn.Module):
         return self.vectors.numel() if few else 0
 
     def make_matrix(self) -> None:
-        """Edit the rows of the plan in use by a matrix from now on, where each has a single token."""
+        """Edit the rows of the plan in use by a whole matrix from now on, where each has a single token."""
         from t2app.edit_matrix import edit_matrix
 
         self.rows.matrix = edit_matrix(self.vectors, self.rows.delta[0])
+
+    def packed_matrix(self, delta: Tensor) -> PackedMatrix:
+        """The matrix of z − 1 (rank,) for the kernels, of a layer that has packed vectors."""
+        return packed_matrix(*self._vectors_with(delta, torch.float32))
 
     def merge(self, delta: Tensor) -> None:
         """Keep the weight of z − 1 (rank,) beside the layer's own, for batches all of whose rows have it.
@@ -294,21 +313,25 @@ class SpectralLinear(nn.Module):
     def _has_factors(self, rows: RowDeltas) -> bool:
         return self.in_basis is not None and rows.edits_all
 
-    def _edit_kernel(self, rows: RowDeltas) -> RowEdit:
+    def _edit_kernel(self, rows: RowDeltas, tokens: int) -> RowEdit:
         """The edit of these rows in a batch; of rows that are apart, of a batch of them alone."""
+        edited_rows = rows.edited if isinstance(rows.edited, slice) else slice(0, len(rows.edited))
+        if tokens == 1 and rows.matrix is not None:
+            if rows.matrix_kernel is None:
+                rows.matrix_kernel = MatrixEdit(rows.matrix, self.edits_input, edited_rows)
+            return rows.matrix_kernel
         if rows.kernel is None:
-            edited_rows = rows.edited if isinstance(rows.edited, slice) else slice(0, len(rows.edited))
-            rows.kernel = RowEdit(self.packed, self.edits_input, edited_rows, rows.delta)
+            rows.kernel = VectorEdit(self.packed, self.edits_input, edited_rows, rows.delta)
         return rows.kernel
 
     def _edited(self, side: Tensor, rows: RowDeltas, bias: Tensor | None = None) -> Tensor:
         """The narrow side (rows, tokens, narrow) with its edited rows changed, by whatever does that fastest."""
-        if rows.matrix is not None and side.shape[1] == 1:
+        if self.packed is None and rows.matrix is not None and side.shape[1] == 1:
             return rows.matrix.edited(side, rows.edited, bias)
         few = edits_fast(rows.count * side.shape[1])
         if self.packed is None or not few or needs_gradient(side, rows.delta):
             return self._edited_by_torch(side, rows, bias)
-        kernel = self._edit_kernel(rows)
+        kernel = self._edit_kernel(rows, side.shape[1])
         if isinstance(rows.edited, slice):
             return kernel(side, bias)
         side = side.clone()
@@ -360,6 +383,7 @@ class SpectralModel:
         self.model = model
         self.layers: dict[str, SpectralLinear] = {}
         self._in_use = _PlanInUse()
+        self._matrices: list[_KeptMatrices] = []  # those used last come last
         by_kernels = has_fast_linears(model)
         for path, basis in bases.items():
             layer = linear_layer(model, path)
@@ -387,6 +411,26 @@ class SpectralModel:
         """What `merging` takes: as much memory as the layers' own weights."""
         return sum(self.layers[path].base.weight.nbytes for path in self._mergeable(deltas))
 
+    def making_matrices(self, deltas: Deltas) -> Parts[None]:
+        """Keep the matrices of a mixture, a layer a part: from then on they edit the single tokens of its rows.
+
+        It takes the same object as `plan` is given. Nothing is made where vectors are not packed for the kernels, nor
+        where memory does not allow; the `_KEPT_MATRICES` mixtures that were used last have theirs.
+        """
+        layers = {path: layer for path in deltas if (layer := self.layers[path]).packed is not None}
+        size = sum(packed_matrix_bytes(layer.rank) for layer in layers.values())
+        if not layers or self.has_matrices_of(deltas) or not can_spare(size):
+            return
+        made = {}
+        for path, layer in layers.items():
+            made[path] = layer.packed_matrix(deltas[path])
+            yield
+        self._matrices = [*self._matrices, _KeptMatrices(deltas, made)][-_KEPT_MATRICES:]
+
+    def has_matrices_of(self, deltas: Deltas) -> bool:
+        """Whether `making_matrices` has made them, and they are kept."""
+        return any(kept.deltas is deltas for kept in self._matrices)
+
     def _mergeable(self, deltas: Deltas) -> list[str]:
         return [path for path in deltas if isinstance(self.layers[path].base, FastLinear)]
 
@@ -401,10 +445,22 @@ class SpectralModel:
 
     def plan(self, rows: Sequence[Deltas | None]) -> dict[str, RowDeltas | None]:
         """What every layer does to a batch whose row i is adapted by rows[i]; None is the model as it is."""
+        matrices = self._matrices_for(rows)
         return {
-            path: _row_deltas([None if deltas is None else deltas.get(path) for deltas in rows], layer)
+            path: _row_deltas(
+                [None if deltas is None else deltas.get(path) for deltas in rows], layer, matrices.get(path)
+            )
             for path, layer in self.layers.items()
         }
+
+    def _matrices_for(self, rows: Sequence[Deltas | None]) -> Mapping[str, PackedMatrix]:
+        """The packed matrices of few rows of one mixture that has them, by layer."""
+        adapted = [deltas for deltas in rows if deltas is not None]
+        if not adapted or len(adapted) > _MATRIX_ROWS or any(deltas is not adapted[0] for deltas in adapted):
+            return {}
+        # This one was used last.
+        self._matrices = sorted(self._matrices, key=lambda kept: kept.deltas is adapted[0])
+        return self._matrices[-1].by_layer if self.has_matrices_of(adapted[0]) else {}
 
     def edit_by_matrices(self) -> None:
         """Have the plan in use edit single tokens by matrices where that is faster, and memory allows.
@@ -440,12 +496,18 @@ class SpectralModel:
         """Put the original layers back and return the model."""
         for path, layer in self.layers.items():
             self.model.set_submodule(path, layer.base)
-        self.layers = {}
+        self.layers, self._matrices = {}, []
         return self.model
 
 
-def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDeltas | None:
-    """One layer's part of a plan, from the z − 1 (rank,) of every row or None; None where no row is edited."""
+def _row_deltas(
+    deltas: Sequence[Tensor | None], layer: SpectralLinear, matrix: PackedMatrix | None
+) -> RowDeltas | None:
+    """One layer's part of a plan, from the z − 1 (rank,) of every row or None; None where no row is edited.
+
+    Args:
+        matrix: of these rows' mixture, where they have one mixture and it has one.
+    """
     adapted = [row for row, delta in enumerate(deltas) if delta is not None]
     if not adapted:
         return None
@@ -457,7 +519,8 @@ def _row_deltas(deltas: Sequence[Tensor | None], layer: SpectralLinear) -> RowDe
     rows = slice(first, last + 1) if together else torch.tensor(adapted, device=layer.device)
     merged = layer.merged
     of_merged = merged is not None and shared and deltas[first] is merged.delta and len(adapted) == len(deltas)
-    return RowDeltas(len(deltas), rows, delta.to(layer.device, torch.float32), merged.layer if of_merged else None)
+    whole = merged.layer if of_merged else None
+    return RowDeltas(len(deltas), rows, delta.to(layer.device, torch.float32), whole, matrix)
 
 
 @cache

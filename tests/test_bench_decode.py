@@ -1,6 +1,7 @@
 """What `bench decode` compares with gives the answers that ours gives; what `bench profile` sees adds up."""
 
 import logging
+from itertools import islice
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from t2app.bench.decode import answering_ways, decode_figures
 from t2app.bench.generate import generate, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
-from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes, weight_operations
+from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes, weight_operations, with_matrices
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
 from t2app.checkpoints import gguf_of
 from t2app.decoding import collected, decode
@@ -86,7 +87,7 @@ def test_every_call_of_a_stepper_is_a_step_of_both_rows(model):
         step()
 
 
-def test_bytes_of_a_step_are_those_of_the_whole_model_and_the_bases(model):
+def test_bytes_of_a_step_are_those_of_the_whole_model_and_of_what_edits_read(model):
     read, shape = weight_bytes(model), CATALOGUE[DEFAULT_MODEL].shape
     assert read.head == 2 * shape.vocabulary * shape.width
     assert read.base == 2 * shape.parameters
@@ -94,7 +95,10 @@ def test_bytes_of_a_step_are_those_of_the_whole_model_and_the_bases(model):
     packed = all(layer.packed is not None for layer in model.adapted.layers.values())
     # With the kernels a byte an entry and a float32 a vector, without them bfloat16.
     bases = sum(rank**2 + 4 * rank if packed else 2 * rank**2 for rank in ranks)
-    assert read.both - read.base == bases > 0
+    assert read.mixtures - read.base == bases > 0
+    # A matrix is its lower triangle, in blocks of 16, and two float32 a row.
+    matrices = sum(rank * (rank + 16) // 2 + 8 * rank for rank in ranks) if packed else bases
+    assert read.both - read.base == matrices > 0
 
 
 def test_operations_of_a_step_are_two_for_each_weight_and_row(model):
@@ -104,6 +108,8 @@ def test_operations_of_a_step_are_two_for_each_weight_and_row(model):
     assert weight_operations(model, 3, 0) == 2 * 3 * (shape.parameters - norms)
     edits = weight_operations(model, 3, 2) - weight_operations(model, 3, 0)
     assert edits == 2 * 2 * 2 * sum(rank**2 for rank in ranks) > 0
+    by_matrices = weight_operations(model, 3, 2, by_matrices=True) - weight_operations(model, 3, 0)
+    assert by_matrices == edits // 2
 
 
 def test_times_of_a_step_are_seen_by_kind_and_leave_the_model_as_it_was(model):
@@ -129,6 +135,13 @@ def test_profile_prints_shares_that_make_a_whole_step():
         assert figures[f"{row}_arithmetic_share"].value == pytest.approx(arithmetic_floor / step)
     read = figures["blocks_read"].value + figures["head_read"].value
     assert figures["base_floor"].value == pytest.approx(read / figures["read_bandwidth"].value)
+
+
+def test_decode_tells_of_a_new_mixture_where_others_have_matrices(model):
+    for mixture in (with_matrices(model, even_mixture(model)), even_mixture(model)):
+        figures = decode_figures(model, DEFAULT_MODEL, mixture, 2, tokens=2, rounds=1)
+        third = "new_both_step" if model.adapted.has_matrices_of(mixture) else "both_over_base"
+        assert [figure.figure for figure in islice(figures, 3)] == ["base_step", "both_step", third]
 
 
 def test_decode_prints_its_ratios_and_says_what_it_leaves_out(tiny, tiny_folder, mixture, caplog):

@@ -18,7 +18,7 @@ from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.generate import LoraBeside, generate, generate_composed, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
-from t2app.bench.step import even_mixture, random_context, step_seconds, stepper, weight_bytes
+from t2app.bench.step import even_mixture, random_context, step_seconds, stepper, weight_bytes, with_matrices
 from t2app.catalogue import FOUR_BIT
 from t2app.checkpoints import ModelError, gguf_of
 from t2app.decoding import collected, decode
@@ -50,8 +50,9 @@ def bench_decode(
     `both_over_base` is what a step with both costs of one without, and `lora_over_generate` what both answers cost of
     one where a LoRA gives the second. The other ratios tell how many times faster ours is than what stands after
     `over`, to the same context and of as many tokens. All ways take turns, so that a slow moment of the machine meets
-    each. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. `…_read` is what a token reads of weights;
-    llama.cpp answers from the file as it is quantised, and as bf16.
+    each. `new_both_…` is with a mixture whose matrices are not made yet, which the app does in the first idle moment
+    after it was asked for. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. `…_read` is what a token reads
+    of weights; llama.cpp answers from the file as it is quantised, and as bf16.
 
     Args:
         steps: how many are measured; tokens: of an answer; rounds: in how many every way answers once.
@@ -60,7 +61,8 @@ def bench_decode(
         ValueError: the model has no expert to measure with.
     """
     model = load_model(model_name, precision)
-    yield from decode_figures(model, model_name, even_mixture(model), steps, tokens, rounds)
+    mixture = with_matrices(model, even_mixture(model))
+    yield from decode_figures(model, model_name, mixture, steps, tokens, rounds)
 
 
 def decode_figures(
@@ -68,6 +70,8 @@ def decode_figures(
 ) -> Iterator[Figure]:
     """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
     rows = {"base": [None], "both": [None, mixture]}
+    if model.adapted.has_matrices_of(mixture):
+        rows["new_both"] = [None, dict(mixture)]  # to the model, another one
     streams = {f"{name}_step": stepper(model, mixtures, 2 * steps) for name, mixtures in rows.items()}
     if recorder_for(model.adapted) is not None:
         for name, mixtures in rows.items():
@@ -75,8 +79,10 @@ def decode_figures(
     times = in_turns({name: partial(step_seconds, step) for name, step in streams.items()}, steps)
     for name, values in times.items():
         yield figure_of("decode", name, [1e3 * value for value in values], "ms")
-    pairs = zip(times["both_step"], times["base_step"], strict=True)
-    yield figure_of("decode", "both_over_base", [both / base for both, base in pairs], "ratio")
+    for name in rows:
+        if name != "base":
+            pairs = zip(times[f"{name}_step"], times["base_step"], strict=True)
+            yield figure_of("decode", f"{name}_over_base", [both / base for both, base in pairs], "ratio")
     if model.precision == FOUR_BIT:
         logging.getLogger(__name__).warning(
             "whole answers are not compared: in 4-bit no W' can be written into the weights; give --precision bf16"

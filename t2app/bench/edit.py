@@ -4,6 +4,7 @@ Mean Kullback-Leibler divergence a token of an answer, in nats, of the adapted m
 
 - `bf16`: the model in bfloat16, edits as torch computes them in bfloat16;
 - `bf16_8_bits`: the same by the kernels, whose edits round singular vectors and what meets them to 8 bits;
+- `bf16_matrices`: the same, but single tokens by the mixture's matrices, which are made of those vectors;
 - `directions_75` and so on: the model in fp32 with the smallest |z − 1| of each layer at 0, 75 % of them kept.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from t2app.bench.figure import Figure, figure_of
+from t2app.bench.step import with_matrices
 from t2app.decoding import collected, decode
 from t2app.experts import mix
 from t2app.key_values import GrowingCache
@@ -44,12 +46,14 @@ def bench_edit(model_name: str, precision: str) -> Iterator[Figure]:
     values: dict[str, list[float]] = {}
     for name, expert in experts.items():
         mixture = mix([expert], {name: 1.0})
+        by_matrices = with_matrices(rounded, dict(mixture))  # to the model, another one
         for example in task_named(_TASKS[name]).examples("validation")[:_PROMPTS_OF_EACH]:
             prompt = exact.prompt_ids(example.prompt)
             steps = decode(exact.adapted, [prompt], [mixture], Sampling(_ANSWER_TOKENS), exact.eos_ids)
             answer = collected(steps)[0]
             right = _log_probabilities(exact, prompt, answer, mixture)
             ways = {"bf16_8_bits": _log_probabilities(rounded, prompt, answer, mixture)}
+            ways["bf16_matrices"] = _log_probabilities(rounded, prompt, answer, by_matrices)
             with _by_torch(rounded, exact):
                 ways["bf16"] = _log_probabilities(rounded, prompt, answer, mixture)
             for share in _SHARES:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.memory import MemoryReading, PeakMemory
-from t2app.bench.step import random_context, step_seconds, stepper, weight_bytes
+from t2app.bench.step import random_context, step_seconds, stepper, weight_bytes, with_matrices
 from t2app.cache import cache_folder
 from t2app.checkpoints import checkpoint_of
 from t2app.decoding import decode
@@ -59,6 +59,7 @@ def model_figures(bench: str, model_name: str, precision: str) -> Iterator[Figur
 def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figure]:
     first_tokens = [seconds(partial(_first_tokens, model, mixture)) for _ in range(1 + _PROMPTS)]
     yield figure_of(bench, "first_token_seconds", first_tokens[1:], "s")
+    mixture = with_matrices(model, mixture)
     ways = {"base": [None], "adapted": [mixture], "both": [None, mixture]}
     steps = {name: stepper(model, mixtures, 2 * _STEPS) for name, mixtures in ways.items()}
     if torch.cuda.is_available():  # now: what is read of memory below is no answer's

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.kernels.build import has_tiles
-from t2app.kernels.linear import FastLinear, Kind, RowEdit
+from t2app.kernels.linear import FastLinear, Kind, VectorEdit
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
@@ -85,7 +85,7 @@ def _kernel(kind: Kind, layer: SpectralLinear, delta: Tensor) -> Callable[[Tenso
 def _kernel_edit(
     kind: Kind, edited_rows: Callable[[Tensor], tuple[slice, Tensor]], layer: SpectralLinear, delta: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    kernel, edit = layer.base.kernel(kind), RowEdit(layer.packed, layer.edits_input, *edited_rows(delta))
+    kernel, edit = layer.base.kernel(kind), VectorEdit(layer.packed, layer.edits_input, *edited_rows(delta))
     return lambda x: kernel(x, edit)
 
 

@@ -21,7 +21,14 @@ from torch.autograd.profiler import profile, record_function
 from t2app.bench.arithmetic import Multiplication
 from t2app.bench.figure import Figure, figure_of
 from t2app.bench.memory import MemoryReading
-from t2app.bench.step import even_mixture, step_seconds, stepper, weight_bytes, weight_operations
+from t2app.bench.step import (
+    even_mixture,
+    step_seconds,
+    stepper,
+    weight_bytes,
+    weight_operations,
+    with_matrices,
+)
 from t2app.models import Model, load_model
 from t2app.spectral import SpectralLinear
 
@@ -58,12 +65,17 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
         raise ValueError("the bench 'profile' sees a CPU's time only; a GPU's steps are measured by 'decode'")
     mixtures = {
         "base": [None],
-        "both": [None, even_mixture(model)],
+        "both": [None, with_matrices(model, even_mixture(model))],
         _PLAIN_EIGHT: [None] * 2 * _USERS,
         "eight": [row for user in range(1, 1 + _USERS) for row in (None, even_mixture(model, user / _USERS))],
     }
     read = weight_bytes(model)
-    for name, bytes_ in (("blocks", read.blocks), ("head", read.head), ("bases", read.bases)):
+    for name, bytes_ in (
+        ("blocks", read.blocks),
+        ("head", read.head),
+        ("bases", read.bases),
+        ("matrices", read.matrices),
+    ):
         yield figure_of("profile", f"{name}_read", [bytes_ / 1e6], "MB")
     streams = {name: stepper(model, rows, 3 * steps) for name, rows in mixtures.items()}
     memory, arithmetic = MemoryReading(model.adapted.model.device), Multiplication()
@@ -82,11 +94,12 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
     for name, plain, bytes_ in (
         ("base", "base", read.base),
         ("both", "base", read.both),
-        ("eight", _PLAIN_EIGHT, read.both),
+        ("eight", _PLAIN_EIGHT, read.mixtures),
     ):
         rows = mixtures[name]
         floors = [value * bytes_ for value in reading]
-        operations = weight_operations(model, len(rows), sum(row is not None for row in rows))
+        edited_rows = sum(row is not None for row in rows)
+        operations = weight_operations(model, len(rows), edited_rows, by_matrices=name == "both")
         arithmetic_floors = [value * operations for value in multiplying]
         yield figure_of("profile", f"{name}_floor", [1e3 * floor for floor in floors], "ms")
         yield figure_of("profile", f"{name}_arithmetic_floor", [1e3 * floor for floor in arithmetic_floors], "ms")

@@ -11,8 +11,10 @@ from t2app.bench.figure import seconds
 from t2app.decoding import Batch
 from t2app.decoding.step_graphs import StepGraphs
 from t2app.experts import mix
+from t2app.kernels.linear import packed_matrix_bytes
 from t2app.messages import Sampling
 from t2app.models import Model
+from t2app.parts import whole
 from t2app.spectral import Deltas, SpectralLinear
 
 _CONTEXT_TOKENS = 64
@@ -28,6 +30,12 @@ def even_mixture(model: Model, alpha: float = 1.0) -> Deltas:
     mixture = mix(model.experts, {expert.name: alpha for expert in model.experts})
     if mixture is None:
         raise ValueError(f"{model.name} has no expert to measure with")
+    return mixture
+
+
+def with_matrices(model: Model, mixture: Deltas) -> Deltas:
+    """The same mixture, for which now is made what the app makes of it while it is idle."""
+    whole(model.adapted.making_matrices(mixture))
     return mixture
 
 
@@ -67,12 +75,14 @@ class WeightBytes:
 
     Attributes:
         blocks: the weights of the blocks and the norms; head: of the output layer.
-        bases: the singular vectors of the adapted layers, which only a step with an adapted row reads.
+        bases: the singular vectors of the adapted layers, which a step of rows of several mixtures reads.
+        matrices: of one mixture, which a step reads in their place; the same where there are none.
     """
 
     blocks: int
     head: int
     bases: int
+    matrices: int
 
     @property
     def base(self) -> int:
@@ -82,6 +92,11 @@ class WeightBytes:
     @property
     def both(self) -> int:
         """Of a step of both answers."""
+        return self.base + self.matrices
+
+    @property
+    def mixtures(self) -> int:
+        """Of a step of several users' both answers, each by a mixture of its own."""
         return self.base + self.bases
 
 
@@ -91,25 +106,36 @@ def weight_bytes(model: Model) -> WeightBytes:
     decoder = transformer.get_decoder()
     embedding = transformer.get_input_embeddings().weight
     head = transformer.get_output_embeddings().weight
+    layers = model.adapted.layers.values()
     return WeightBytes(
         blocks=sum(weights.nbytes for weights in decoder.parameters() if weights is not embedding),
         head=head.nbytes,
-        bases=sum(_read_of(layer) for layer in model.adapted.layers.values()),
+        bases=sum(_read_of_vectors(layer) for layer in layers),
+        matrices=sum(_read_of_matrix(layer) for layer in layers),
     )
 
 
-def weight_operations(model: Model, rows: int, edited_rows: int) -> int:
-    """The multiplications and additions of a step of so many rows with all weights, and with the edited ones' bases."""
+def weight_operations(model: Model, rows: int, edited_rows: int, by_matrices: bool = False) -> int:
+    """The multiplications and additions of a step of so many rows with all weights, and of its edits.
+
+    Args:
+        by_matrices: whether all edited rows have one mixture, and are edited by its matrices.
+    """
     transformer = model.adapted.model
     linear = [module for module in transformer.modules() if isinstance(module, nn.Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in linear)
     # An edit's singular vectors are multiplied twice: for the coordinates, and by them.
-    bases = sum(2 * layer.rank**2 for layer in model.adapted.layers.values())
-    return 2 * (rows * weights + edited_rows * bases)
+    products = 1 if by_matrices else 2
+    edits = sum(products * layer.rank**2 for layer in model.adapted.layers.values())
+    return 2 * (rows * weights + edited_rows * edits)
 
 
-def _read_of(layer: SpectralLinear) -> int:
+def _read_of_vectors(layer: SpectralLinear) -> int:
+    return layer.vectors.nbytes if layer.packed is None else sum(tensor.nbytes for tensor in layer.packed)
+
+
+def _read_of_matrix(layer: SpectralLinear) -> int:
     if layer.packed is not None:
-        return sum(tensor.nbytes for tensor in layer.packed)
-    # Of a matrix an entry is a byte.
+        return packed_matrix_bytes(layer.rank)
+    # Of a whole matrix an entry is a byte.
     return layer.vectors.numel() if layer.has_matrices else layer.vectors.nbytes

@@ -26,6 +26,7 @@ struct OfBytes {
 
   static Register load(const Element* row) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)); }
   static Register load_column(const Element* column) { return load(column); }
+  static void store(Element* target, Register values) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), values); }
   static Sums zeros() { return _mm256_setzero_si256(); }
   static Sums all(int32_t value) { return _mm256_set1_epi32(value); }
   static void add(Sums& sums, Register row, Register column) {
@@ -44,6 +45,12 @@ struct OfBytes {
     parts[3] = _mm256_unpackhi_epi16(other_ab, other_cd);
   }
 
+  // Of four by four bytes side by side each column as a row.
+  static Register turned_fours(Register values) {
+    return _mm256_shuffle_epi8(values, _mm256_broadcastsi128_si256(
+                                           _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+  }
+
   // scale · such parts in the order of their places; where `adds`, that much more.
   static void store_in_order(const Sums (&parts)[4], float scale, bool adds, float* target) {
     Floats s[4];
@@ -52,7 +59,7 @@ struct OfBytes {
                                 _mm256_permute2f128_ps(s[0], s[1], 0x31), _mm256_permute2f128_ps(s[2], s[3], 0x31)};
     for (int part = 0; part < 4; ++part) {
       float* place = target + part * kLanes;
-      store(place, adds ? t2app::load(place) + in_order[part] : in_order[part]);
+      t2app::store(place, adds ? t2app::load(place) + in_order[part] : in_order[part]);
     }
   }
 };

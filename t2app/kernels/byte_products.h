@@ -4,6 +4,7 @@
 //   kOffset: what it adds to an entry of a vector before it is multiplied.
 //   kRowsTogether: rows whose contributions are summed together.
 //   all: an integer in all places; interleave, store_in_order: four vectors at a time, place by place, and back.
+//   store; turned_fours: what a matrix's columns are multiplied by (matrix_edit.h).
 
 #pragma once
 

@@ -32,6 +32,7 @@ struct OfBytes {
   static Register load_column(const Element* column) {
     return _mm512_xor_si512(_mm512_loadu_si512(column), _mm512_set1_epi8(static_cast<char>(kOffset)));
   }
+  static void store(Element* target, Register values) { _mm512_storeu_si512(target, values); }
   static Sums zeros() { return _mm512_setzero_si512(); }
   static Sums all(int32_t value) { return _mm512_set1_epi32(value); }
   static void add(Sums& sums, Register row, Register column) { add_products(sums, column, row); }
@@ -47,6 +48,12 @@ struct OfBytes {
     parts[3] = _mm512_unpackhi_epi16(other_ab, other_cd);
   }
 
+  // Of four by four bytes side by side each column as a row.
+  static Register turned_fours(Register values) {
+    return _mm512_shuffle_epi8(values, _mm512_broadcast_i32x4(
+                                           _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+  }
+
   // scale · such parts in the order of their places; where `adds`, that much more.
   static void store_in_order(const Sums (&parts)[4], float scale, bool adds, float* target) {
     __m512 s[4];
@@ -57,7 +64,7 @@ struct OfBytes {
                                 _mm512_shuffle_f32x4(high, other_high, 0x88), _mm512_shuffle_f32x4(high, other_high, 0xdd)};
     for (int part = 0; part < 4; ++part) {
       float* place = target + part * kWideLanes;
-      store(place, adds ? load_wide(place) + in_order[part] : in_order[part]);
+      t2app::store(place, adds ? load_wide(place) + in_order[part] : in_order[part]);
     }
   }
 };

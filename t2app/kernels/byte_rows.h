@@ -10,20 +10,23 @@
 #else
 #include "byte_pairs.h"
 #endif
-#include "row_edit.h"
 #include "scratch.h"
 
 namespace t2app {
 
+// What the length of a singular vector divides by (`_BYTES_WIDTH` in linear.py): the most bytes that any CPU multiplies
+// together.
+constexpr int64_t kBytesWidth = 64;
+
 // Rows rounded to integers from −127 to 127 under a scale each; their length divides by 16.
 //
-// Zeros fill them up to kEditBlock bytes, and there is memory for whole sixteens of rows: what is multiplied together.
+// Zeros fill them up to kBytesWidth bytes, and there is memory for whole sixteens of rows: what is multiplied together.
 class ByteRows {
  public:
   ByteRows(int64_t count, int64_t length)
       : count(count),
         length(length),
-        apart(whole(length, kEditBlock)),
+        apart(whole(length, kBytesWidth)),
         scales(count),
         sums(count),
         bytes_(whole(count, 16) * apart) {}

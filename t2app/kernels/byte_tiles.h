@@ -12,7 +12,7 @@
 
 namespace t2app {
 
-static_assert(kEditBlock == kTileBytes);
+static_assert(kBytesWidth == kTileBytes);
 
 // `ByteProducts` for many rows.
 struct ByteTiles {

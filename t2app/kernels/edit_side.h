@@ -62,7 +62,7 @@ class EditSide : public Job {
 
 // A layer's narrow side with its edited rows changed, to `result`; bias as above.
 inline void edited_side(const RowEdit& edit, const Tokens& side, const uint16_t* bias, uint16_t* result) {
-  const int64_t threads = threads_for(edit.rank() * edit.narrow());
+  const int64_t threads = threads_for(edit.narrow * edit.narrow);
   std::vector<std::unique_ptr<Job>> jobs;
   jobs.push_back(std::make_unique<EditSide>(edit, side, bias, threads, result));
   run(jobs, threads);

@@ -4,7 +4,6 @@
 
 #include <omp.h>
 
-#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -13,19 +12,9 @@
 #ifdef __AMX_TILE__
 #include "amx_tiles.h"
 #endif
+#include "share.h"
 
 namespace t2app {
-
-// This thread's share of `count` things.
-struct Share {
-  int64_t begin, end;
-
-  explicit Share(int64_t count) {
-    const int64_t threads = omp_get_num_threads(), each = (count + threads - 1) / threads;
-    begin = std::min(count, omp_get_thread_num() * each);
-    end = std::min(count, begin + each);
-  }
-};
 
 class Job {
  public:

@@ -58,7 +58,7 @@ struct Layer : Kept {
 // A layer with W' in place of W for the rows that `edit` names, which is null where there are none.
 struct EditedLayer {
   EditedLayer(const Layer& layer, const RowEdit* edit) : layer(layer), edit(edit) {
-    STD_TORCH_CHECK(edit == nullptr || edit->narrow() == (edit->edits_input ? layer.in_features : layer.out_features),
+    STD_TORCH_CHECK(edit == nullptr || edit->narrow == (edit->edits_input ? layer.in_features : layer.out_features),
                     "singular vectors that match the layer were expected");
   }
 

@@ -7,8 +7,9 @@
 #include "edit_side.h"
 #include "layer.h"
 #include "linear.h"
-#include "row_edit.h"
+#include "matrix_edit.h"
 #include "tensors.h"
+#include "vector_edit.h"
 
 namespace t2app {
 
@@ -18,9 +19,14 @@ Tensor make_layer(const Tensor& weight, const MaybeTensor& bias, int64_t kind) {
   return kept<Layer>(weight, bias, static_cast<Kind>(kind));
 }
 
-Tensor make_row_edit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first,
-                     int64_t edited) {
-  return kept<RowEdit>(vectors, scales, delta, edits_input, first, edited);
+Tensor make_vector_edit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first,
+                        int64_t edited) {
+  return kept<VectorEdit>(vectors, scales, delta, edits_input, first, edited);
+}
+
+Tensor make_matrix_edit(const Tensor& integers, const Tensor& scales, const Tensor& diagonal, bool edits_input,
+                        int64_t first, int64_t edited) {
+  return kept<MatrixEdit>(integers, scales, diagonal, edits_input, first, edited);
 }
 
 Tensor make_decoder(const std::vector<Tensor>& layers, const std::vector<MaybeTensor>& edits,
@@ -49,10 +55,10 @@ Tensor multiply(const Tensor& layer, const Tensor& x, const MaybeTensor& edit) {
 // part of the product that is edited.
 Tensor edit_side(const Tensor& edit, const Tensor& side, const MaybeTensor& bias) {
   const RowEdit& own = kept_in<RowEdit>(edit);
-  STD_TORCH_CHECK(is_bfloat16(side) && side.dim() == 3 && side.size(2) == own.narrow() &&
+  STD_TORCH_CHECK(is_bfloat16(side) && side.dim() == 3 && side.size(2) == own.narrow &&
                       own.first + own.edited <= side.size(0),
                   "the narrow side (rows, tokens, narrow) of all rows was expected in bfloat16");
-  STD_TORCH_CHECK(!bias || (is_bfloat16(*bias) && bias->numel() == own.narrow()),
+  STD_TORCH_CHECK(!bias || (is_bfloat16(*bias) && bias->numel() == own.narrow),
                   "the bias does not match the side");
   const Tensor in_order = torch::stable::contiguous(side), result = torch::stable::empty_like(in_order);
   const Tokens tokens{bits(in_order), side.size(0), side.size(1), side.size(2)};
@@ -90,7 +96,9 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 STABLE_TORCH_LIBRARY(t2app, library) {
   library.def("make_layer(Tensor weight, Tensor? bias, int kind) -> Tensor");
   library.def(
-      "make_row_edit(Tensor vectors, Tensor scales, Tensor delta, bool edits_input, int first, int edited) -> Tensor");
+      "make_vector_edit(Tensor vectors, Tensor scales, Tensor delta, bool edits_input, int first, int edited) -> Tensor");
+  library.def(
+      "make_matrix_edit(Tensor integers, Tensor scales, Tensor diagonal, bool edits_input, int first, int edited) -> Tensor");
   library.def(
       "make_decoder(Tensor[] layers, Tensor?[] edits, Tensor[] norms, float epsilon, int head_size, float scale) -> Tensor");
   library.def("multiply(Tensor layer, Tensor x, Tensor? edit) -> Tensor");
@@ -103,7 +111,8 @@ STABLE_TORCH_LIBRARY(t2app, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(t2app, CPU, library) {
   library.impl("make_layer", TORCH_BOX(&t2app::make_layer));
-  library.impl("make_row_edit", TORCH_BOX(&t2app::make_row_edit));
+  library.impl("make_vector_edit", TORCH_BOX(&t2app::make_vector_edit));
+  library.impl("make_matrix_edit", TORCH_BOX(&t2app::make_matrix_edit));
   library.impl("make_decoder", TORCH_BOX(&t2app::make_decoder));
   library.impl("multiply", TORCH_BOX(&t2app::multiply));
   library.impl("edit_side", TORCH_BOX(&t2app::edit_side));

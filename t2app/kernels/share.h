@@ -1,0 +1,23 @@
+// What each thread takes of what all of them do.
+
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace t2app {
+
+// This thread's share of `count` things.
+struct Share {
+  int64_t begin, end;
+
+  explicit Share(int64_t count) {
+    const int64_t threads = omp_get_num_threads(), each = (count + threads - 1) / threads;
+    begin = std::min(count, omp_get_thread_num() * each);
+    end = std::min(count, begin + each);
+  }
+};
+
+}  // namespace t2app

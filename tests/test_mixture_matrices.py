@@ -1,0 +1,111 @@
+"""The matrices of mixtures that the app makes while it is idle, on the real model by the kernels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from random_mixtures import random_deltas
+
+from t2app import machine, spectral
+from t2app.bench.edit import _log_probabilities
+from t2app.experts import mix
+from t2app.kernels.linear import MatrixEdit, has_fast_linears
+from t2app.models import Model, load_model
+from t2app.parts import next_part, whole
+from t2app.spectral import Deltas, SpectralModel
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """The model as the app has it, not loaded for anybody else, where it runs by the kernels."""
+    model = load_model(precision="bf16")
+    if not has_fast_linears(model.adapted.model):
+        pytest.skip("without the kernels no matrix is made")
+    return model
+
+
+@pytest.fixture
+def adapted(model) -> SpectralModel:
+    """Of that model, with no matrices yet."""
+    model.adapted._matrices = []
+    return model.adapted
+
+
+def with_matrices(adapted: SpectralModel, seed: int) -> Deltas:
+    deltas = random_deltas(adapted, seed)
+    whole(adapted.making_matrices(deltas))
+    return deltas
+
+
+def edited_by_matrices(adapted: SpectralModel, rows: list[Deltas | None], tokens: int = 1) -> bool:
+    """Whether all layers are, in a batch of so many tokens a row."""
+    with adapted.rows(rows):
+        edits = [layer.edited_layer(len(rows), tokens).edit for layer in adapted.layers.values()]
+    by_matrices = {isinstance(edit, MatrixEdit) for edit in edits}
+    assert len(by_matrices) == 1
+    return by_matrices.pop()
+
+
+def test_answers_by_matrices_are_as_exact_as_by_vectors(real, model, adapted):
+    prompts = {"math": "Compute 12 + 7.", "code": "Write a function that adds.", "reasoning": "Is ice cold? yes or no"}
+    divergences = {"vectors": 0.0, "matrices": 0.0}
+    for expert, prompt in prompts.items():
+        ids, forced = model.prompt_ids(prompt), model.prompt_ids(prompt)[-12:]
+        mixture = mix(model.experts, {expert: 1.0})
+        right = _log_probabilities(real, ids, forced, mixture)
+        found = {"vectors": _log_probabilities(model, ids, forced, mixture)}
+        whole(adapted.making_matrices(mixture))
+        found["matrices"] = _log_probabilities(model, ids, forced, mixture)
+        assert torch.equal(found["matrices"][0], found["vectors"][0]), "the prompt is edited by the vectors"
+        assert not torch.equal(found["matrices"][1:], found["vectors"][1:]), "the matrices were not used"
+        for way, values in found.items():
+            divergences[way] += (right.exp() * (right - values)).sum(1).mean().item()
+    assert divergences["matrices"] < 1.5 * divergences["vectors"]
+
+
+@torch.no_grad()
+def test_base_row_stays_bit_for_bit_as_it_is_beside_a_row_that_matrices_edit(adapted):
+    ids, deltas = torch.tensor([[504], [504]]), with_matrices(adapted, 0)
+    untouched = adapted.model(ids, use_cache=True).logits
+    with adapted.rows([None, deltas]):
+        found = adapted.model(ids, use_cache=True).logits
+    assert torch.equal(found[0], untouched[0]) and not torch.equal(found[1], untouched[1])
+
+
+def test_matrices_edit_single_tokens_of_few_rows_of_one_mixture(adapted):
+    first, second = with_matrices(adapted, 0), with_matrices(adapted, 1)
+    for rows in ([first], [None, first], [None, second, second], [None] * 4 + [first] * 4):
+        assert edited_by_matrices(adapted, rows)
+        assert not edited_by_matrices(adapted, rows, tokens=2)
+    for rows in ([first, second], [None] + [first] * 5, [None, dict(first)]):
+        assert not edited_by_matrices(adapted, rows)
+
+
+def test_matrices_are_there_once_all_are_made(adapted):
+    first = random_deltas(adapted, 0)
+    parts = adapted.making_matrices(first)
+    next_part(parts)
+    assert not adapted.has_matrices_of(first)
+    whole(parts)
+    assert adapted.has_matrices_of(first)
+    assert next_part(adapted.making_matrices(first)) == (True, None), "they were made again"
+
+
+def test_matrices_of_the_mixtures_that_were_used_last_are_kept(adapted):
+    few = [dict(list(random_deltas(adapted, 0).items())[:2]) for _ in range(spectral._KEPT_MATRICES)]
+    for deltas in few:
+        whole(adapted.making_matrices(deltas))
+    adapted.plan([None, few[0]])
+    for _ in few[1:]:
+        whole(adapted.making_matrices(dict(few[0])))
+        assert adapted.has_matrices_of(few[0])
+    assert not any(adapted.has_matrices_of(deltas) for deltas in few[1:])
+    whole(adapted.making_matrices(dict(few[0])))
+    assert not adapted.has_matrices_of(few[0])
+
+
+def test_memory_that_is_short_is_not_spent_on_matrices(adapted, monkeypatch):
+    size = sum(layer.rank * (layer.rank + 16) // 2 + 8 * layer.rank for layer in adapted.layers.values())
+    for available, made in ((9 * size, False), (11 * size, True)):
+        monkeypatch.setattr(machine.psutil, "virtual_memory", lambda there=available: SimpleNamespace(available=there))
+        assert adapted.has_matrices_of(with_matrices(adapted, 0)) == made
