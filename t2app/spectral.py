@@ -9,7 +9,8 @@ W's narrow side is needed to compute W'x from Wx:
 so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
 batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
 Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own. Where
-rows have one z for many single tokens, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix (edit_matrix.py).
+rows have one z for many single tokens, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix: a whole one on a
+GPU (edit_matrix.py), a triangle by the kernels (`PackedMatrix`).
 This file knows linear layers and vectors; it does not know experts, prompts or how a model is loaded.
 """
 
@@ -234,8 +235,8 @@ class SpectralLinear(nn.Module):
         return None if plan is None else plan[self._path]
 
     @property
-    def has_matrices(self) -> bool:
-        """Whether single tokens can be edited by matrices: torch brings what compiles these for a GPU on Linux."""
+    def takes_whole_matrix(self) -> bool:
+        """Whether that can edit single tokens: torch brings what compiles its kernel for a GPU on Linux."""
         return self.device.type == "cuda" and self.vectors.dtype == torch.bfloat16 and find_spec("triton") is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class SpectralLinear(nn.Module):
     def matrix_bytes(self) -> int:
         """What a whole matrix of these rows' edit takes; 0 where there can be none, or there is no use of one."""
         rows = self.rows
-        if rows is None or not self.has_matrices or self._has_factors(rows) or len(rows.delta) > 1:
+        if rows is None or not self.takes_whole_matrix or self._has_factors(rows) or len(rows.delta) > 1:
             return 0
         few = isinstance(rows.edited, slice) and rows.edited.stop - rows.edited.start <= _MATRIX_ROWS
         return self.vectors.numel() if few else 0

@@ -56,7 +56,7 @@ def test_any_width_and_rows_are_edited_beside_a_bias(narrow, rows):
 @pytest.fixture
 def adapted(small, monkeypatch) -> SpectralModel:
     """A small model in bfloat16 that is taken for one on a GPU."""
-    monkeypatch.setattr(SpectralLinear, "has_matrices", True)
+    monkeypatch.setattr(SpectralLinear, "takes_whole_matrix", True)
     monkeypatch.setattr(spectral, "gpu_can_spare", lambda size, device: True)
     bases = {path: basis_of(linear_layer(small, path).weight) for path in block_linear_paths(small)}
     return SpectralModel(deepcopy(small).to(DEVICE, torch.bfloat16), bases)

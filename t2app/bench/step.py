@@ -138,4 +138,4 @@ def _read_of_matrix(layer: SpectralLinear) -> int:
     if layer.packed is not None:
         return packed_matrix_bytes(layer.rank)
     # Of a whole matrix an entry is a byte.
-    return layer.vectors.numel() if layer.has_matrices else layer.vectors.nbytes
+    return layer.vectors.numel() if layer.takes_whole_matrix else layer.vectors.nbytes

@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
 

@@ -28,8 +28,8 @@ static_assert(kBytesWidth % OfBytes::kBlock == 0);
 
 class VectorEdit : public RowEdit {
  public:
-  // vectors (rank, narrow) in int8, from −127 on, a singular vector a row, in even-first order; a vector is scale · integers, with the
-  // scales (rank,) in float32. delta (1 or edited rows, rank) is z − 1 in float32.
+  // vectors (rank, narrow) in int8, from −127 on, a singular vector a row, in even-first order; a vector is
+  // scale · integers, with the scales (rank,) in float32. delta (1 or edited rows, rank) is z − 1 in float32.
   VectorEdit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first,
              int64_t edited)
       : RowEdit(vectors.size(1), edits_input, first, edited),
@@ -79,8 +79,9 @@ class VectorEdit : public RowEdit {
       Scratch<float> weights(tokens.count * count);
       const auto store = [&](int64_t token, int64_t first, int64_t vectors, const int32_t* products) {
         const float* factors = factors_of(token / tokens.of_row);
+        float* own = weights.data() + token * count + first - begin;
         for (int64_t v = 0; v < vectors; ++v) {
-          weights[token * count + first - begin + v] = static_cast<float>(products[v]) * rows.scales[token] * factors[first + v];
+          own[v] = static_cast<float>(products[v]) * rows.scales[token] * factors[first + v];
         }
       };
       Bytes::multiply(rows, first_vector(), begin, end, ahead, store);
