@@ -126,8 +126,6 @@ class Engine:
         with self._scheduler.caller(user) as caller:
             decision, seconds = yield from caller.run_in_parts(_timed(dispatcher.deciding(prompt)))
             mixture = self._mixture(_frozen(decision.weights))
-            if mixture is not None:
-                self._make_matrices_when_idle(mixture)
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -138,6 +136,8 @@ class Engine:
                 decision.trace,
             )
             yield from self._second_pass(caller, ids, picture, mixture, sampling)
+            if mixture is not None:
+                self._make_matrices_when_idle(mixture)
 
     def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Reevaluated | Waiting]:
         """Run a search; between its rounds others are served. Closing the iterator ends it.

@@ -64,12 +64,20 @@ def test_answers_by_matrices_are_as_exact_as_by_vectors(real, model, adapted):
 
 
 @torch.no_grad()
-def test_base_row_stays_bit_for_bit_as_it_is_beside_a_row_that_matrices_edit(adapted):
-    ids, deltas = torch.tensor([[504], [504]]), with_matrices(adapted, 0)
-    untouched = adapted.model(ids, use_cache=True).logits
-    with adapted.rows([None, deltas]):
-        found = adapted.model(ids, use_cache=True).logits
-    assert torch.equal(found[0], untouched[0]) and not torch.equal(found[1], untouched[1])
+@pytest.mark.parametrize("edited", [[1], [0, 2]], ids=["together", "apart"])
+def test_base_rows_stay_bit_for_bit_as_they_are_beside_rows_that_matrices_edit(adapted, edited):
+    ids, deltas = torch.full((3, 1), 504), random_deltas(adapted, 0)
+    rows = [deltas if row in edited else None for row in range(3)]
+    untouched, found = adapted.model(ids, use_cache=True).logits, {}
+    for way in ("vectors", "matrices"):
+        with adapted.rows(rows):
+            found[way] = adapted.model(ids, use_cache=True).logits
+        whole(adapted.making_matrices(deltas))
+    others = [row for row in range(3) if row not in edited]
+    assert torch.equal(found["matrices"][others], untouched[others])
+    assert not torch.equal(found["matrices"][edited], found["vectors"][edited]), "the matrices were not used"
+    change = (found["vectors"] - untouched)[edited].float().norm()
+    assert (found["matrices"] - found["vectors"])[edited].float().norm() < 0.2 * change
 
 
 def test_matrices_edit_single_tokens_of_few_rows_of_one_mixture(adapted):
