@@ -88,28 +88,33 @@ def test_every_call_of_a_stepper_is_a_step_of_both_rows(model):
 
 
 def test_bytes_of_a_step_are_those_of_the_whole_model_and_of_what_edits_read(model):
-    read, shape = weight_bytes(model), CATALOGUE[DEFAULT_MODEL].shape
-    assert read.head == 2 * shape.vocabulary * shape.width
-    assert read.base == 2 * shape.parameters
+    base, shape = weight_bytes(model, [None]), CATALOGUE[DEFAULT_MODEL].shape
+    assert base.head == 2 * shape.vocabulary * shape.width
+    assert base.total == 2 * shape.parameters and base.edits == 0
     ranks = [len(layer.singular_values) for layer in model.adapted.layers.values()]
     packed = all(layer.packed is not None for layer in model.adapted.layers.values())
     # With the kernels a byte an entry and a float32 a vector, without them bfloat16.
     bases = sum(rank**2 + 4 * rank if packed else 2 * rank**2 for rank in ranks)
-    assert read.mixtures - read.base == bases > 0
+    first, second = even_mixture(model), even_mixture(model)
+    for rows in ([None, first], [first, second]):
+        assert weight_bytes(model, rows).total - base.total == bases > 0
     # A matrix is its lower triangle, in blocks of 16, and two float32 a row.
     matrices = sum(rank * (rank + 16) // 2 + 8 * rank for rank in ranks) if packed else bases
-    assert read.both - read.base == matrices > 0
+    assert weight_bytes(model, [None, with_matrices(model, first)]).edits == matrices > 0
+    assert weight_bytes(model, [first, second]).edits == bases
 
 
 def test_operations_of_a_step_are_two_for_each_weight_and_row(model):
     shape, ranks = CATALOGUE[DEFAULT_MODEL].shape, [layer.rank for layer in model.adapted.layers.values()]
     # Norms are multiplied too, but by no matrix.
     norms = (2 * shape.blocks + 1) * shape.width
-    assert weight_operations(model, 3, 0) == 2 * 3 * (shape.parameters - norms)
-    edits = weight_operations(model, 3, 2) - weight_operations(model, 3, 0)
-    assert edits == 2 * 2 * 2 * sum(rank**2 for rank in ranks) > 0
-    by_matrices = weight_operations(model, 3, 2, by_matrices=True) - weight_operations(model, 3, 0)
-    assert by_matrices == edits // 2
+    base, mixture = 2 * 3 * (shape.parameters - norms), even_mixture(model)
+    assert weight_operations(model, [None] * 3) == base
+    edits = 2 * 2 * 2 * sum(rank**2 for rank in ranks)
+    assert weight_operations(model, [None, mixture, mixture]) - base == edits > 0
+    with_matrices(model, mixture)
+    by_matrices = model.adapted.has_matrices_of(mixture)
+    assert weight_operations(model, [None, mixture, mixture]) - base == (edits // 2 if by_matrices else edits)
 
 
 def test_times_of_a_step_are_seen_by_kind_and_leave_the_model_as_it_was(model):

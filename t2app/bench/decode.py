@@ -90,7 +90,7 @@ def decode_figures(
         return
     context = random_context()
     ways = answering_ways(model, plain_model(model, model_name), mixture, context)
-    read = {"base": weight_bytes(model).base}
+    read = {"base": weight_bytes(model, [None]).total}
     with tempfile.TemporaryDirectory() as folder:
         for name, gguf in _gguf_files(model_name, Path(folder)):
             ways[name] = partial(_llama_cpp_answer, LlamaCpp(gguf), context)

@@ -72,8 +72,8 @@ def _answer_figures(bench: str, model: Model, mixture: Deltas) -> Iterator[Figur
     pairs = zip(times["both"], times["base"], strict=True)
     yield figure_of(bench, "both_over_base", [both / base for both, base in pairs], "ratio")
     yield figure_of(bench, "read_bandwidth", [1e-9 / value for value in times["byte"]], "GB/s")
-    read = weight_bytes(model)
-    for name, bytes_ in (("base", read.base), ("both", read.both)):
+    for name in ("base", "both"):
+        bytes_ = weight_bytes(model, ways[name]).total
         shares = [bytes_ * value / time for value, time in zip(times["byte"], times[name], strict=True)]
         yield figure_of(bench, f"{name}_bandwidth_share", shares, "ratio")
 

@@ -69,12 +69,12 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
         _PLAIN_EIGHT: [None] * 2 * _USERS,
         "eight": [row for user in range(1, 1 + _USERS) for row in (None, even_mixture(model, user / _USERS))],
     }
-    read = weight_bytes(model)
+    read = {name: weight_bytes(model, rows) for name, rows in mixtures.items()}
     for name, bytes_ in (
-        ("blocks", read.blocks),
-        ("head", read.head),
-        ("bases", read.bases),
-        ("matrices", read.matrices),
+        ("blocks", read["base"].blocks),
+        ("head", read["base"].head),
+        ("matrices", read["both"].edits),
+        ("bases", read["eight"].edits),
     ):
         yield figure_of("profile", f"{name}_read", [bytes_ / 1e6], "MB")
     streams = {name: stepper(model, rows, 3 * steps) for name, rows in mixtures.items()}
@@ -91,15 +91,9 @@ def bench_profile(model_name: str, precision: str, steps: int = 30) -> Iterator[
             by_kind[name].append(times_by_kind(model, step))
     yield figure_of("profile", "read_bandwidth", [1e-9 / value for value in reading], "GB/s")
     yield figure_of("profile", "multiplied", [1e-9 / value for value in multiplying], "GFLOP/s")
-    for name, plain, bytes_ in (
-        ("base", "base", read.base),
-        ("both", "base", read.both),
-        ("eight", _PLAIN_EIGHT, read.mixtures),
-    ):
-        rows = mixtures[name]
-        floors = [value * bytes_ for value in reading]
-        edited_rows = sum(row is not None for row in rows)
-        operations = weight_operations(model, len(rows), edited_rows, by_matrices=name == "both")
+    for name, plain in (("base", "base"), ("both", "base"), ("eight", _PLAIN_EIGHT)):
+        floors = [value * read[name].total for value in reading]
+        operations = weight_operations(model, mixtures[name])
         arithmetic_floors = [value * operations for value in multiplying]
         yield figure_of("profile", f"{name}_floor", [1e3 * floor for floor in floors], "ms")
         yield figure_of("profile", f"{name}_arithmetic_floor", [1e3 * floor for floor in arithmetic_floors], "ms")

@@ -75,59 +75,54 @@ class WeightBytes:
 
     Attributes:
         blocks: the weights of the blocks and the norms; head: of the output layer.
-        bases: the singular vectors of the adapted layers, which a step of rows of several mixtures reads.
-        matrices: of one mixture, which a step reads in their place; the same where there are none.
+        edits: the matrices of the adapted rows' mixture, or singular vectors; none where no row is adapted.
     """
 
     blocks: int
     head: int
-    bases: int
-    matrices: int
+    edits: int
 
     @property
-    def base(self) -> int:
-        """Of a step of the base model alone."""
-        return self.blocks + self.head
-
-    @property
-    def both(self) -> int:
-        """Of a step of both answers."""
-        return self.base + self.matrices
-
-    @property
-    def mixtures(self) -> int:
-        """Of a step of several users' both answers, each by a mixture of its own."""
-        return self.base + self.bases
+    def total(self) -> int:
+        return self.blocks + self.head + self.edits
 
 
-def weight_bytes(model: Model) -> WeightBytes:
-    """The bytes by what they belong to; one row of the embedding and the keys and values are too few to count."""
+def weight_bytes(model: Model, rows: Sequence[Deltas | None]) -> WeightBytes:
+    """What a step of a row for each mixture reads, by what it belongs to.
+
+    One row of the embedding, and the keys and values, are too few to count.
+    """
     transformer = model.adapted.model
     decoder = transformer.get_decoder()
     embedding = transformer.get_input_embeddings().weight
     head = transformer.get_output_embeddings().weight
-    layers = model.adapted.layers.values()
+    layers = model.adapted.layers.values() if any(row is not None for row in rows) else ()
+    read_of = _read_of_matrix if _by_matrices(model, rows) else _read_of_vectors
     return WeightBytes(
         blocks=sum(weights.nbytes for weights in decoder.parameters() if weights is not embedding),
         head=head.nbytes,
-        bases=sum(_read_of_vectors(layer) for layer in layers),
-        matrices=sum(_read_of_matrix(layer) for layer in layers),
+        edits=sum(read_of(layer) for layer in layers),
     )
 
 
-def weight_operations(model: Model, rows: int, edited_rows: int, by_matrices: bool = False) -> int:
-    """The multiplications and additions of a step of so many rows with all weights, and of its edits.
-
-    Args:
-        by_matrices: whether all edited rows have one mixture, and are edited by its matrices.
-    """
+def weight_operations(model: Model, rows: Sequence[Deltas | None]) -> int:
+    """The multiplications and additions of a step of a row for each mixture, with all weights and of the edits."""
     transformer = model.adapted.model
     linear = [module for module in transformer.modules() if isinstance(module, nn.Linear)]
     weights = sum(layer.in_features * layer.out_features for layer in linear)
     # An edit's singular vectors are multiplied twice: for the coordinates, and by them.
-    products = 1 if by_matrices else 2
+    products = 1 if _by_matrices(model, rows) else 2
     edits = sum(products * layer.rank**2 for layer in model.adapted.layers.values())
-    return 2 * (rows * weights + edited_rows * edits)
+    return 2 * (len(rows) * weights + sum(row is not None for row in rows) * edits)
+
+
+def _by_matrices(model: Model, rows: Sequence[Deltas | None]) -> bool:
+    """Whether the adapted rows have one mixture, and are edited by its matrices."""
+    adapted = [row for row in rows if row is not None]
+    if not adapted or any(row is not adapted[0] for row in adapted):
+        return False
+    on_gpu = all(layer.takes_whole_matrix for layer in model.adapted.layers.values())
+    return on_gpu or model.adapted.has_matrices_of(adapted[0])
 
 
 def _read_of_vectors(layer: SpectralLinear) -> int:
@@ -135,7 +130,5 @@ def _read_of_vectors(layer: SpectralLinear) -> int:
 
 
 def _read_of_matrix(layer: SpectralLinear) -> int:
-    if layer.packed is not None:
-        return packed_matrix_bytes(layer.rank)
     # Of a whole matrix an entry is a byte.
-    return layer.vectors.numel() if layer.takes_whole_matrix else layer.vectors.nbytes
+    return layer.vectors.numel() if layer.packed is None else packed_matrix_bytes(layer.rank)
