@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from random_mixtures import random_deltas
+from torch import Tensor
 
 from t2app import machine, spectral
 from t2app.bench.edit import _log_probabilities
 from t2app.experts import mix
-from t2app.kernels.linear import MatrixEdit, has_fast_linears
+from t2app.kernels.linear import MatrixEdit, VectorEdit, has_fast_linears
 from t2app.models import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
@@ -46,21 +47,55 @@ def edited_by_matrices(adapted: SpectralModel, rows: list[Deltas | None], tokens
     return by_matrices.pop()
 
 
-def test_answers_by_matrices_are_as_exact_as_by_vectors(real, model, adapted):
-    prompts = {"math": "Compute 12 + 7.", "code": "Write a function that adds.", "reasoning": "Is ice cold? yes or no"}
-    divergences = {"vectors": 0.0, "matrices": 0.0}
-    for expert, prompt in prompts.items():
-        ids, forced = model.prompt_ids(prompt), model.prompt_ids(prompt)[-12:]
-        mixture = mix(model.experts, {expert: 1.0})
-        right = _log_probabilities(real, ids, forced, mixture)
-        found = {"vectors": _log_probabilities(model, ids, forced, mixture)}
-        whole(adapted.making_matrices(mixture))
-        found["matrices"] = _log_probabilities(model, ids, forced, mixture)
-        assert torch.equal(found["matrices"][0], found["vectors"][0]), "the prompt is edited by the vectors"
-        assert not torch.equal(found["matrices"][1:], found["vectors"][1:]), "the matrices were not used"
-        for way, values in found.items():
-            divergences[way] += (right.exp() * (right - values)).sum(1).mean().item()
-    assert divergences["matrices"] < 1.5 * divergences["vectors"]
+PROMPTS = {"math": "Compute 12 + 7.", "code": "Write a function that adds.", "reasoning": "Is ice cold? yes or no"}
+
+
+@pytest.mark.parametrize("expert", PROMPTS)
+def test_answers_by_matrices_are_the_adapted_models(real, model, adapted, expert):
+    ids = model.prompt_ids(PROMPTS[expert])
+    forced, mixture = ids[-12:], mix(model.experts, {expert: 1.0})
+    right, base = (_log_probabilities(real, ids, forced, deltas) for deltas in (mixture, None))
+    by_vectors = _log_probabilities(model, ids, forced, mixture)
+    whole(adapted.making_matrices(mixture))
+    by_matrices = _log_probabilities(model, ids, forced, mixture)
+    assert torch.equal(by_matrices[0], by_vectors[0]), "the prompt is edited by the vectors"
+    assert not torch.equal(by_matrices[1:], by_vectors[1:]), "the matrices were not used"
+    error, change = ((right.exp() * (right - found)).sum(1).mean() for found in (by_matrices, base))
+    assert error < 0.05 * change
+
+
+@torch.no_grad()
+def sides_of(real: Model, prompt: str) -> dict[str, Tensor]:
+    """What edits of all layers meet in a prompt, (tokens, narrow) by the layer's path."""
+    sides, handles = {}, []
+    for path, layer in real.adapted.layers.items():
+
+        def keep(_, inputs, output, path=path, layer=layer):
+            sides[path] = (inputs[0] if layer.edits_input else output)[0]
+
+        handles.append(layer.base.register_forward_hook(keep))
+    real.adapted.model(torch.tensor([real.prompt_ids(prompt)]))
+    for handle in handles:
+        handle.remove()
+    return sides
+
+
+@pytest.mark.parametrize("expert", PROMPTS)
+def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vectors(real, model, adapted, expert):
+    sides, errors = sides_of(real, PROMPTS[expert]), {"vectors": [], "matrices": []}
+    for path, delta in mix(model.experts, {expert: 1.0}).items():
+        layer, side, vectors = adapted.layers[path], sides[path].bfloat16(), real.adapted.layers[path].vectors
+        rows = slice(0, len(side))
+        change = side.float() @ vectors.T * delta @ vectors
+        edits = {
+            "vectors": VectorEdit(layer.packed, layer.edits_input, rows, delta[None]),
+            "matrices": MatrixEdit(layer.packed_matrix(delta), layer.edits_input, rows),
+        }
+        for way, edit in edits.items():
+            found = edit(side[:, None])[:, 0].float()
+            errors[way].append((found - (side.float() + change)).norm() / change.norm())
+    mean = {way: sum(values) / len(values) for way, values in errors.items()}
+    assert mean["matrices"] < mean["vectors"] < 0.1
 
 
 @torch.no_grad()

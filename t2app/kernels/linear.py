@@ -35,7 +35,7 @@ MANY_ROWS = 256
 # of them multiplies together.
 _BFLOAT16_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
 
-# How often a matrix is scaled before it is rounded; for the shipped experts more make no edit more exact.
+# How often a matrix is scaled before it is rounded: an edit gets a little more exact each time, and ever less.
 _SCALINGS = 3
 
 
