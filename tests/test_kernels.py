@@ -221,7 +221,7 @@ def test_edit_of_the_largest_bytes_is_as_exact_as_its_roundings():
 @pytest.mark.parametrize("narrow", [16, 64, 192, 576])
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), slice(0, 5)], ids=["first", "middle", "all"])
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
 def test_edit_by_a_matrix_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, rows, biased, threads):
     side, bias = random(5, 1, narrow), random(narrow) if biased else None
     vectors = torch.linalg.qr(random(narrow, narrow).float()).Q

@@ -14,8 +14,7 @@ struct EditedTokens {
   bool has(int64_t token) const { return token >= first && token < first + count; }
 
   const int64_t first, count;
-  // Of one row.
-  const int64_t of_row;
+  const int64_t of_row;  // how many of them a row has
 };
 
 // One token's narrow side in float32, in even-first order, for an edited token counted from the first of them; until the
