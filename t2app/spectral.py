@@ -456,12 +456,13 @@ class SpectralModel:
 
     def _matrices_for(self, rows: Sequence[Deltas | None]) -> Mapping[str, PackedMatrix]:
         """The packed matrices of few rows of one mixture that has them, by layer."""
-        adapted = [deltas for deltas in rows if deltas is not None]
-        if not adapted or len(adapted) > _MATRIX_ROWS or any(deltas is not adapted[0] for deltas in adapted):
+        mixture = one_mixture(rows)
+        few = sum(deltas is not None for deltas in rows) <= _MATRIX_ROWS
+        if mixture is None or not few or not self.has_matrices_of(mixture):
             return {}
         # This one was used last.
-        self._matrices = sorted(self._matrices, key=lambda kept: kept.deltas is adapted[0])
-        return self._matrices[-1].by_layer if self.has_matrices_of(adapted[0]) else {}
+        self._matrices = sorted(self._matrices, key=lambda kept: kept.deltas is mixture)
+        return self._matrices[-1].by_layer
 
     def edit_by_matrices(self) -> None:
         """Have the plan in use edit single tokens by matrices where that is faster, and memory allows.
@@ -499,6 +500,12 @@ class SpectralModel:
             self.model.set_submodule(path, layer.base)
         self.layers, self._matrices = {}, []
         return self.model
+
+
+def one_mixture(rows: Sequence[Deltas | None]) -> Deltas | None:
+    """The mixture of all adapted rows, known as the same object; None where there is none, or more than one."""
+    adapted = [deltas for deltas in rows if deltas is not None]
+    return adapted[0] if adapted and all(deltas is adapted[0] for deltas in adapted) else None
 
 
 def _row_deltas(

@@ -21,14 +21,7 @@ from torch.autograd.profiler import profile, record_function
 from t2app.bench.arithmetic import Multiplication
 from t2app.bench.figure import Figure, figure_of
 from t2app.bench.memory import MemoryReading
-from t2app.bench.step import (
-    even_mixture,
-    step_seconds,
-    stepper,
-    weight_bytes,
-    weight_operations,
-    with_matrices,
-)
+from t2app.bench.step import even_mixture, step_seconds, stepper, weight_bytes, weight_operations, with_matrices
 from t2app.models import Model, load_model
 from t2app.spectral import SpectralLinear
 

@@ -15,7 +15,7 @@ from t2app.kernels.linear import packed_matrix_bytes
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.parts import whole
-from t2app.spectral import Deltas, SpectralLinear
+from t2app.spectral import Deltas, SpectralLinear, one_mixture
 
 _CONTEXT_TOKENS = 64
 _WARM_UP = 10  # more than precede the recording of a step on a GPU
@@ -118,11 +118,9 @@ def weight_operations(model: Model, rows: Sequence[Deltas | None]) -> int:
 
 def _by_matrices(model: Model, rows: Sequence[Deltas | None]) -> bool:
     """Whether the adapted rows have one mixture, and are edited by its matrices."""
-    adapted = [row for row in rows if row is not None]
-    if not adapted or any(row is not adapted[0] for row in adapted):
-        return False
+    mixture = one_mixture(rows)
     on_gpu = all(layer.takes_whole_matrix for layer in model.adapted.layers.values())
-    return on_gpu or model.adapted.has_matrices_of(adapted[0])
+    return mixture is not None and (on_gpu or model.adapted.has_matrices_of(mixture))
 
 
 def _read_of_vectors(layer: SpectralLinear) -> int:

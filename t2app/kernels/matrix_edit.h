@@ -13,6 +13,7 @@
 #include "byte_rows.h"
 #include "row_edit.h"
 #include "scratch.h"
+#include "share.h"
 
 namespace t2app {
 
@@ -35,7 +36,7 @@ class MatrixEdit : public RowEdit {
              int64_t edited)
       : RowEdit(scales.numel(), edits_input, first, edited), integers_(integers), scales_(scales), diagonal_(diagonal) {
     STD_TORCH_CHECK(narrow > 0 && narrow % kBlock == 0 && integers.is_contiguous() &&
-                        integers.scalar_type() == ScalarType::Char && integers.numel() == bytes_before(blocks()),
+                        integers.scalar_type() == ScalarType::Char && integers.numel() == bytes_before(all_blocks()),
                     "the lower triangle of a matrix of ", kBlock, "·n in int8 was expected");
     for (const Tensor& of_rows : {scales, diagonal}) {
       STD_TORCH_CHECK(of_rows.scalar_type() == ScalarType::Float && of_rows.is_contiguous() && of_rows.numel() == narrow,
@@ -44,13 +45,13 @@ class MatrixEdit : public RowEdit {
   }
 
   Stretch reads() const override {
-    const auto [begin, end] = share();
-    return {integers() + bytes_before(begin), bytes_before(end) - bytes_before(begin)};
+    const Share blocks = share();
+    return {integers() + bytes_before(blocks.begin), bytes_before(blocks.end) - bytes_before(blocks.begin)};
   }
 
   void compute(const EditedTokens& tokens, const SideOf& side, const Ahead& ahead, float* change) const override {
     const float *scales = scales_.const_data_ptr<float>(), *diagonal = diagonal_.const_data_ptr<float>();
-    const auto [begin, end] = share();
+    const Share blocks = share();
     ByteRows rows(tokens.count, narrow);
     Scratch<float> scaled(narrow);
     for (int64_t token = 0; token < tokens.count; ++token) {
@@ -59,32 +60,29 @@ class MatrixEdit : public RowEdit {
       rows.set(token, scaled.data());
       float* own = change + token * narrow;
       std::fill_n(own, narrow, 0.0f);
-      for (int64_t i = begin * kBlock; i < end * kBlock; ++i) own[i] = values[i] * diagonal[i];
+      for (int64_t i = blocks.begin * kBlock; i < blocks.end * kBlock; ++i) own[i] = values[i] * diagonal[i];
     }
     int64_t token = 0;
     const auto some = [&]<int R>() {
-      for (; token + R <= tokens.count; token += R) multiply<R>(rows, token, begin, end, ahead, change);
+      for (; token + R <= tokens.count; token += R) multiply<R>(rows, token, blocks.begin, blocks.end, ahead, change);
     };
     some.template operator()<2>();
     some.template operator()<1>();
   }
 
  private:
-  struct Blocks {
-    int64_t begin, end;
-  };
   // Registers of four columns of a block, and 32-bit lanes of a register.
   static constexpr int64_t kOfFour = 4 * kBlock / OfBytes::kBlock, kLanesOfBytes = OfBytes::kBlock / 4;
 
-  int64_t blocks() const { return narrow / kBlock; }
+  int64_t all_blocks() const { return narrow / kBlock; }
   const int8_t* integers() const { return integers_.const_data_ptr<int8_t>(); }
   static int64_t bytes_before(int64_t block) { return kBlock * kBlock * block * (block + 1) / 2; }
 
   // This thread's blocks of rows, with as many bytes as another's.
-  Blocks share() const {
+  Share share() const {
     const auto until = [&](int64_t threads) {
       int64_t block = 0;
-      while (bytes_before(block) * omp_get_num_threads() < bytes_before(blocks()) * threads) ++block;
+      while (bytes_before(block) * omp_get_num_threads() < bytes_before(all_blocks()) * threads) ++block;
       return block;
     };
     return {until(omp_get_thread_num()), until(omp_get_thread_num() + 1)};

@@ -13,6 +13,7 @@ namespace t2app {
 struct Share {
   int64_t begin, end;
 
+  Share(int64_t begin, int64_t end) : begin(begin), end(end) {}
   explicit Share(int64_t count) {
     const int64_t threads = omp_get_num_threads(), each = (count + threads - 1) / threads;
     begin = std::min(count, omp_get_thread_num() * each);

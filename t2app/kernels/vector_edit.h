@@ -95,10 +95,8 @@ class VectorEdit : public RowEdit {
 
   // This thread's share of the singular vectors, in whole blocks.
   Share share() const {
-    Share share(rank_ / kBlock);
-    share.begin *= kBlock;
-    share.end *= kBlock;
-    return share;
+    const Share blocks(rank_ / kBlock);
+    return {blocks.begin * kBlock, blocks.end * kBlock};
   }
 
   // By what the coordinates of an edited row, counted from 0, along each vector are multiplied: (rank,).
