@@ -47,6 +47,13 @@ def test_machine_without_one_of_the_packages_is_told_too(monkeypatch):
     assert machine()["packages"] == f"torch {torch.__version__}"
 
 
+def test_machine_that_is_told_to_do_without_some_of_its_instructions_says_so(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    assert "limited by" not in machine()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert machine()["limited by"] == "ATEN_CPU_CAPABILITY=avx2"
+
+
 def test_every_bench_says_in_one_line_what_it_measures():
     lines = [bench_named(name).__doc__.splitlines()[0] for name in BENCHES]
     assert all(line.endswith(".") for line in lines) and len(set(lines)) == len(BENCHES)

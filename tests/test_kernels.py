@@ -35,6 +35,7 @@ from t2app.kernels.linear import (
 from t2app.kernels.model import use_kernels
 from t2app.key_values import GrowingCache
 from t2app.layer_paths import block_linear_paths
+from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralModel, basis_of
 
@@ -94,6 +95,69 @@ def test_what_a_row_gets_does_not_depend_on_its_company(kind):
     together = kernel(x)
     for rows in (slice(0, 1), slice(3, 5), slice(4, 9), slice(7, 20)):
         assert torch.equal(kernel(x[rows]), together[rows])
+
+
+# Of these lengths the first is multiplied in another way on a CPU that multiplies bfloat16.
+@pytest.mark.parametrize("length", [1536, 48, 16])
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("kind", [Kind.FEW, Kind.MANY])
+def test_products_of_what_is_alike_in_all_places_do_not_overflow(length, size, kind):
+    x, weight = (torch.full((rows, length), value).to(torch.bfloat16) for rows, value in ((9, size), (25, -size)))
+    exact = F.linear(x.double(), weight.double())
+    assert relative_error(fast_layer(weight).kernel(kind)(x), exact) < 2**-8
+
+
+@pytest.mark.parametrize("length", [1536, 48])
+@pytest.mark.parametrize("kind", [Kind.FEW, Kind.MANY])
+def test_small_numbers_beside_a_large_one_are_not_lost(length, kind):
+    x, weight = random(9, length), random(25, length)
+    x[:, 5], weight[:, 5] = 1000, 0
+    exact = F.linear(x.double(), weight.double())
+    assert relative_error(fast_layer(weight).kernel(kind)(x), exact) < 2**-6
+
+
+@pytest.mark.parametrize("length", [1536, 48])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("kind", [Kind.FEW, Kind.MANY])
+def test_what_is_no_number_stays_so_in_its_row_alone(length, value, kind):
+    kernel, x = fast_layer(random(25, length), random(25)).kernel(kind), random(9, length)
+    expected = kernel(x)
+    x[4, 7] = value
+    found = kernel(x)
+    assert not found[4].isfinite().any()
+    others = [row for row in range(9) if row != 4]
+    assert torch.equal(found[others], expected[others])
+
+
+@pytest.mark.parametrize("length", [1536, 48])
+@pytest.mark.parametrize("kind", [Kind.FEW, Kind.MANY])
+def test_rows_of_zeros_give_the_bias(length, kind):
+    weight, bias = random(25, length), random(25)
+    weight[3] = 0
+    x = random(9, length)
+    x[4] = 0
+    found = fast_layer(weight, bias).kernel(kind)(x)
+    assert torch.equal(found[4], bias) and torch.equal(found[:, 3], bias[3].expand(9))
+
+
+def test_kernel_for_many_rows_rounds_what_real_layers_meet_as_its_result_is_rounded():
+    model, met = load_model(precision="bf16", layers=lambda path: False), []
+    layers = [module for module in model.adapted.model.modules() if isinstance(module, FastLinear)]
+    hooks = [layer.register_forward_hook(lambda layer, given, _: met.append((layer, given[0][0]))) for layer in layers]
+    prompt = model.prompt_ids("The sum of 12, 35 and 7 is found step by step. " * 3)
+    with torch.inference_mode():
+        model.adapted.model(input_ids=torch.tensor([prompt]))
+    for hook in hooks:
+        hook.remove()
+    assert len(met) == len(layers)
+    typical, worst = [], []
+    for layer, x in met:
+        exact = F.linear(x.double(), layer.weight.double())
+        errors = (layer.kernel(Kind.MANY)(x) - exact).norm(dim=1) / (exact.to(torch.bfloat16) - exact).norm(dim=1)
+        typical.append(errors.median().item())
+        worst.append(errors.max().item())
+    # The worst are of tokens of which one number is larger than all others together.
+    assert max(typical) < 1.1 and max(worst) < 4
 
 
 @pytest.mark.parametrize("narrow", [576, 30])
@@ -551,6 +615,17 @@ def test_kernels_of_a_cpu_without_avx512():
     # torch's own variable.
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     subprocess.run([sys.executable, "-m", "pytest", "-q", *here], env=environment, check=True)
+
+
+@pytest.mark.parametrize("lacking", ["VNNI", "bfloat16"])
+def test_products_of_a_cpu_with_less_of_avx512(lacking):
+    if lacking not in cpu_instructions():
+        pytest.skip("the other tests run on such a CPU, or on a lesser one")
+    asked = {"VNNI": "_is_vnni_supported", "bfloat16": "_is_avx512_bf16_supported"}[lacking]
+    names = "linear or company or overflow or small_numbers or no_number or zeros or real_layers"
+    here = ["-q", "-k", names, "-p", "no:cacheprovider", __file__]
+    script = f"import sys, pytest, torch; torch.cpu.{asked} = lambda: False; sys.exit(pytest.main(sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", script, *here], check=True)
 
 
 @pytest.mark.parametrize("newest", INSTRUCTIONS)

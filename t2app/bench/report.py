@@ -22,6 +22,8 @@ from t2app.models import resolve_precision
 
 _PACKAGES = ("torch", "transformers", "gradio")
 _CPU_INFO = Path("/proc/cpuinfo")
+# By which torch, and the libraries that it multiplies by, are told to do without some of what a CPU can.
+_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def report(figures: Sequence[Figure], benches: Sequence[str], model: str, precision: str) -> str:
@@ -45,8 +47,10 @@ def machine() -> dict[str, str]:
     """Processor and memory, the GPUs, and the versions of what computes on them."""
     instructions = "/".join(cpu_instructions()) or torch.backends.cpu.get_cpu_capability()
     gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}",
+        **({"limited by": " ".join(limits)} if limits else {}),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "GPU": ", ".join(gpus) or "none",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -57,6 +57,11 @@ class Ahead {
   uintptr_t end_ = UINTPTR_MAX, to_next_ = 0;
 };
 
+// In place of `Ahead`, for what is in a cache.
+struct InCache {
+  void of(const void*) const {}
+};
+
 // Memory that is asked for in passing, a little with each block of what is computed.
 class AskedInPassing {
  public:

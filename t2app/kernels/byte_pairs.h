@@ -4,7 +4,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <numeric>
 
@@ -19,7 +18,7 @@ struct OfBytes {
   using Register = __m256i;
   using Sums = __m256i;
   using Total = int32_t;
-  static constexpr int kRows = 8, kColumns = 1;
+  static constexpr int kRows = 4, kColumns = 2;
   static constexpr int64_t kBlock = 32;
   static constexpr int32_t kOffset = 0;
   static constexpr int kRowsTogether = 2;
@@ -63,15 +62,6 @@ struct OfBytes {
     }
   }
 };
-
-inline float largest_magnitude(const float* values, int64_t length) {
-  const Floats sign = all(-0.0f);
-  Floats largest = zeros();
-  for (int64_t i = 0; i < length; i += kLanes) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, load(values + i)));
-  float lanes[kLanes];
-  store(lanes, largest);
-  return *std::max_element(lanes, lanes + kLanes);
-}
 
 // target = values · inverse, rounded; returns their sum.
 inline int32_t round_to_bytes(const float* values, int64_t length, float inverse, int8_t* target) {

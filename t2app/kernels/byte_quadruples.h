@@ -69,12 +69,6 @@ struct OfBytes {
   }
 };
 
-inline float largest_magnitude(const float* values, int64_t length) {
-  __m512 largest = _mm512_setzero_ps();
-  for (int64_t i = 0; i < length; i += kWideLanes) largest = _mm512_max_ps(largest, _mm512_abs_ps(load_wide(values + i)));
-  return _mm512_reduce_max_ps(largest);
-}
-
 // target = values · inverse, rounded; returns their sum.
 inline int32_t round_to_bytes(const float* values, int64_t length, float inverse, int8_t* target) {
   __m512i total = _mm512_setzero_si512();

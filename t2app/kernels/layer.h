@@ -6,6 +6,7 @@
 
 #include "bfloat16.h"
 #include "row_edit.h"
+#include "words.h"
 
 namespace t2app {
 
@@ -45,14 +46,31 @@ struct Layer : Kept {
       const Tensor in_order = torch::stable::contiguous(*bias);
       std::transform(bits(in_order), bits(in_order) + out_features, this->bias.begin(), widened);
     }
+    if (multiplies_words()) find_word_scales();
   }
 
   const Tensor weight;
   const int64_t out_features, in_features;
   std::vector<float> bias;
+  std::vector<float> word_scales;  // of each row of the weight, where it multiplies words
   const Kind kind;
 
   bool multiplies_bfloat16() const { return kMultipliesBfloat16 && kind != Kind::kFew && in_features % (2 * kBlock) == 0; }
+  bool multiplies_words() const { return kind == Kind::kMany && !multiplies_bfloat16(); }
+
+ private:
+  void find_word_scales() {
+    word_scales.resize(out_features);
+#pragma omp parallel
+    {
+      Scratch<float> row(in_features);
+#pragma omp for
+      for (int64_t o = 0; o < out_features; ++o) {
+        put_even_first(bits(weight) + o * in_features, in_features, row.data());
+        word_scales[o] = word_scale(row.data(), in_features);
+      }
+    }
+  }
 };
 
 // A layer with W' in place of W for the rows that `edit` names, which is null where there are none.

@@ -2,8 +2,9 @@
 
 Decoding multiplies one or two rows by every weight of the model: a kernel for few rows reads weights as fast as memory
 gives them. Another one is for more rows, up to the tokens of a prompt, and a third one where the CPU multiplies tiles
-(AMX); for more torch is right. Where the CPU does not multiply bfloat16 itself, torch takes one row at a time, and such
-a product goes through a float32 copy of the weight that lives for one product. `bench products` measures all of these.
+(AMX); for more torch is right. Where the CPU does not multiply bfloat16 itself, the second one rounds to integers of 16
+bits, and torch takes one row at a time, so that its product goes through a float32 copy of the weight that lives for
+one product. `bench products` measures all of these.
 """
 
 from enum import IntEnum
@@ -26,9 +27,9 @@ class Kind(IntEnum):
 
 
 # Up to how many rows the first kernel is the fastest that there is: beside tiles, where bfloat16 is multiplied as it is
-# without them, and where it is widened. Up to how many the second one is beside tiles. And up to how many the kernels
-# are. All by `bench products`.
-_FEW_ROWS_BESIDE_TILES, _FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 0, 1, 7
+# without them, and where it is not. Up to how many the second one is beside tiles. And up to how many the kernels are.
+# All by `bench products`.
+_FEW_ROWS_BESIDE_TILES, _FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 0, 1, 4
 _MANY_ROWS_BESIDE_TILES = 2
 MANY_ROWS = 256
 # What rows divide by where bfloat16 is multiplied as it is, and singular vectors on all CPUs: the most bytes that any

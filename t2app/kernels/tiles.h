@@ -92,10 +92,10 @@ template <typename Of, int R, int C>
   for (int r = 0; r < R; ++r) std::copy_n(totals + r * C, C, result + r * apart);
 }
 
-// R rows of x by C rows of W, both of length k, side by side.
-template <typename Of, int R, int C>
+// R rows of x by C rows of W, both of length k, side by side. `ahead` asks for rows of W before they are read.
+template <typename Of, int R, int C, typename Asks = Ahead>
 void dot_tile(const typename Of::Element* x, const typename Of::Element* weights, int64_t k, typename Of::Total* result, int64_t apart,
-              const Ahead& ahead = {}) {
+              const Asks& ahead = {}) {
   typename Of::Sums sums[R * C];
   // Else they would be set, and copied, as memory.
 #pragma GCC unroll 32

@@ -8,6 +8,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace t2app {
@@ -59,6 +60,15 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kBlock = 2 * kLanes;
 // Where element i of a row stands once each block holds its even elements first.
 inline int64_t place(int64_t i) { return i - i % kBlock + i % 2 * kLanes + i % kBlock / 2; }
+
+inline float largest_magnitude(const float* values, int64_t length) {
+  const Floats sign = all(-0.0f);
+  Floats largest = zeros();
+  for (int64_t i = 0; i < length; i += kLanes) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, load(values + i)));
+  float lanes[kLanes];
+  store(lanes, largest);
+  return *std::max_element(lanes, lanes + kLanes);
+}
 
 // exp of what is not above 0, within float32's rounding; exactly 0 below -87, where float32 ends, and of what is no number.
 inline Floats exponential(Floats x) {

@@ -1,5 +1,5 @@
-// A linear layer, plain or with a spectral edit at its narrow side, in float32: each weight is read and widened once for
-// several rows.
+// A linear layer, plain or with a spectral edit at its narrow side, on CPUs that do not multiply bfloat16 themselves: each
+// weight is read once for several rows, and widened to float32 or, for many rows, rounded to words.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #include "job.h"
 #include "layer_job.h"
 #include "scratch.h"
-#include "widened_panels.h"
+#include "word_panels.h"
 
 namespace t2app {
 
@@ -49,8 +49,10 @@ class WidenedRows : public LayerJob {
   // This thread's share of the columns of x Wᵀ.
   void multiply_columns(const float* x, const Ahead& ahead, const StoreColumns<float>& store) const {
     const Share share(n_);
-    if (layer_.kind == Kind::kMany) {
-      multiply_many(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+    if (layer_.multiplies_words()) {
+      WordRows words(rows_, k_);
+      for (int64_t row = 0; row < rows_; ++row) words.set(row, x + row * k_);
+      multiply_many(words, weight_, layer_.word_scales.data(), share.begin, share.end, ahead, store);
     } else {
       multiply_few(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
     }
