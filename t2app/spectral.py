@@ -9,8 +9,8 @@ W's narrow side is needed to compute W'x from Wx:
 so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
 batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
 Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own. Where
-rows have one z for many single tokens, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix: a whole one on a
-GPU (edit_matrix.py), a triangle by the kernels (`PackedMatrix`).
+rows have one z for many batches, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix: on a GPU a whole one for
+single tokens (edit_matrix.py), by the kernels a triangle (`PackedMatrix`).
 This file knows linear layers and vectors; it does not know experts, prompts or how a model is loaded.
 """
 
@@ -37,6 +37,7 @@ from t2app.kernels.linear import (
     RowEdit,
     VectorEdit,
     edits_fast,
+    edits_fast_by_matrix,
     has_fast_linears,
     integers_in_order,
     needs_gradient,
@@ -59,7 +60,7 @@ _FINGERPRINT_ENTRIES = 1024
 _GRAM_STRIPS = 4
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
 _FACTOR_TOKENS = 96
-# More edited rows than these read the same matrix too often: products with the vectors are as fast.
+# More edited rows than these read the same whole matrix too often: products with the vectors are as fast.
 _MATRIX_ROWS = 4
 # Mixtures that have matrices for the kernels at a time.
 _KEPT_MATRICES = 8
@@ -152,7 +153,7 @@ class RowDeltas:
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
         merged: a layer of W' in place of the edit; None where there is none for these rows.
-        matrix: of the edit, for single tokens: packed for the kernels, whole on a GPU; None where there is none.
+        matrix: of the edit, packed for the kernels, or whole on a GPU for single tokens; None where there is none.
         kernel: of the edit; matrix_kernel: of the packed matrix. Each is made when it is first used.
     """
 
@@ -317,7 +318,8 @@ class SpectralLinear(nn.Module):
     def _edit_kernel(self, rows: RowDeltas, tokens: int) -> RowEdit:
         """The edit of these rows in a batch; of rows that are apart, of a batch of them alone."""
         edited_rows = rows.edited if isinstance(rows.edited, slice) else slice(0, len(rows.edited))
-        if tokens == 1 and rows.matrix is not None:
+        count = edited_rows.stop - edited_rows.start
+        if rows.matrix is not None and edits_fast_by_matrix(count * tokens):
             if rows.matrix_kernel is None:
                 rows.matrix_kernel = MatrixEdit(rows.matrix, self.edits_input, edited_rows)
             return rows.matrix_kernel
@@ -413,7 +415,7 @@ class SpectralModel:
         return sum(self.layers[path].base.weight.nbytes for path in self._mergeable(deltas))
 
     def making_matrices(self, deltas: Deltas) -> Parts[None]:
-        """Keep the matrices of a mixture, a layer a part: from then on they edit the single tokens of its rows.
+        """Keep the matrices of a mixture, a layer a part: from then on they edit its rows, where all have this mixture.
 
         It takes the same object as `plan` is given. Nothing is made where vectors are not packed for the kernels, nor
         where memory does not allow; the `_KEPT_MATRICES` mixtures that were used last have theirs.
@@ -455,10 +457,9 @@ class SpectralModel:
         }
 
     def _matrices_for(self, rows: Sequence[Deltas | None]) -> Mapping[str, PackedMatrix]:
-        """The packed matrices of few rows of one mixture that has them, by layer."""
+        """The packed matrices of rows of one mixture that has them, by layer."""
         mixture = one_mixture(rows)
-        few = sum(deltas is not None for deltas in rows) <= _MATRIX_ROWS
-        if mixture is None or not few or not self.has_matrices_of(mixture):
+        if mixture is None or not self.has_matrices_of(mixture):
             return {}
         # This one was used last.
         self._matrices = sorted(self._matrices, key=lambda kept: kept.deltas is mixture)

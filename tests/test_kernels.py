@@ -284,10 +284,11 @@ def test_edit_of_the_largest_bytes_is_as_exact_as_its_roundings():
 
 @pytest.mark.parametrize("narrow", [16, 64, 192, 576])
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 3), slice(0, 5)], ids=["first", "middle", "all"])
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
-def test_edit_by_a_matrix_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, rows, biased, threads):
-    side, bias = random(5, 1, narrow), random(narrow) if biased else None
+def test_edit_by_a_matrix_is_as_exact_as_its_roundings_and_leaves_the_other_rows(narrow, rows, tokens, biased, threads):
+    side, bias = random(5, tokens, narrow), random(narrow) if biased else None
     vectors = torch.linalg.qr(random(narrow, narrow).float()).Q
     delta = 0.1 + 0.1 * torch.randn(narrow, generator=torch.Generator().manual_seed(0))
     exact = edited(side.double(), rows, vectors.double(), delta[None].double(), None if bias is None else bias.double())
@@ -301,14 +302,15 @@ def test_edit_by_a_matrix_is_as_exact_as_its_roundings_and_leaves_the_other_rows
 
 @pytest.mark.parametrize("shape", [(1536, 576), (576, 1536), (192, 576), (64, 192), (576, 576)])
 @pytest.mark.parametrize("first, count, rows", [(0, 1, 1), (1, 1, 2), (1, 3, 5)])
+@pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("biased", [True, False])
 def test_layer_adapted_by_a_matrix_is_as_exact_as_its_roundings_and_leaves_the_other_rows(
-    shape, first, count, rows, biased
+    shape, first, count, rows, tokens, biased
 ):
     layer = fast_layer(random(*shape) / shape[1] ** 0.5, random(shape[0]) if biased else None)
     basis = basis_of(layer.weight)
-    x, delta = random(rows, 1, shape[1]), 0.1 * torch.randn(basis.rank, generator=torch.Generator().manual_seed(0))
-    edited_rows, kernel = slice(first, first + count), layer.kernel_for(rows)
+    x, delta = random(rows, tokens, shape[1]), 0.1 * torch.randn(basis.rank, generator=torch.Generator().manual_seed(0))
+    edited_rows, kernel = slice(first, first + count), layer.kernel_for(rows * tokens)
     found = kernel(x, MatrixEdit(packed_matrix(basis.vectors.T, delta), basis.edits_input, edited_rows))
     u, s, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
     exact = x.double() @ (u * s * (1 + delta) @ vt).T + (layer.bias.double() if biased else 0)
@@ -324,11 +326,12 @@ def test_matrix_of_no_change_changes_nothing():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_edit_by_a_matrix_of_the_largest_bytes_is_exact(sign):
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_edit_by_a_matrix_of_the_largest_bytes_is_exact(sign, tokens):
     narrow = 576
     nothing = packed_matrix(torch.eye(narrow), torch.zeros(narrow))
     matrix = nothing._replace(integers=torch.full_like(nothing.integers, sign * 127), scales=torch.ones(narrow))
-    signs = torch.randint(0, 2, (3, 1, narrow), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    signs = torch.randint(0, 2, (3, tokens, narrow), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     signs[0] = 1  # no two products cancel out
     found = MatrixEdit(matrix, False, slice(0, 3))(signs.to(torch.bfloat16))
     exact = signs + sign * 127 * signs.sum(-1, keepdim=True)
@@ -622,7 +625,7 @@ def test_products_of_a_cpu_with_less_of_avx512(lacking):
     if lacking not in cpu_instructions():
         pytest.skip("the other tests run on such a CPU, or on a lesser one")
     asked = {"VNNI": "_is_vnni_supported", "bfloat16": "_is_avx512_bf16_supported"}[lacking]
-    names = "linear or company or overflow or small_numbers or no_number or zeros or real_layers"
+    names = "linear or company or overflow or small_numbers or no_number or zeros or real_layers or matrix"
     here = ["-q", "-k", names, "-p", "no:cacheprovider", __file__]
     script = f"import sys, pytest, torch; torch.cpu.{asked} = lambda: False; sys.exit(pytest.main(sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", script, *here], check=True)

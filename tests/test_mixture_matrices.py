@@ -10,7 +10,7 @@ from torch import Tensor
 from t2app import machine, spectral
 from t2app.bench.edit import _log_probabilities
 from t2app.experts import mix
-from t2app.kernels.linear import MatrixEdit, VectorEdit, has_fast_linears
+from t2app.kernels.linear import MatrixEdit, VectorEdit, edits_fast_by_matrix, has_fast_linears
 from t2app.models import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
@@ -38,7 +38,7 @@ def with_matrices(adapted: SpectralModel, seed: int) -> Deltas:
     return deltas
 
 
-def edited_by_matrices(adapted: SpectralModel, rows: list[Deltas | None], tokens: int = 1) -> bool:
+def edited_by_matrices(adapted: SpectralModel, rows: list[Deltas | None], tokens: int) -> bool:
     """Whether all layers are, in a batch of so many tokens a row."""
     with adapted.rows(rows):
         edits = [layer.edited_layer(len(rows), tokens).edit for layer in adapted.layers.values()]
@@ -58,8 +58,9 @@ def test_answers_by_matrices_are_the_adapted_models(real, model, adapted, expert
     by_vectors = _log_probabilities(model, ids, forced, mixture)
     whole(adapted.making_matrices(mixture))
     by_matrices = _log_probabilities(model, ids, forced, mixture)
-    assert torch.equal(by_matrices[0], by_vectors[0]), "the prompt is edited by the vectors"
-    assert not torch.equal(by_matrices[1:], by_vectors[1:]), "the matrices were not used"
+    prompt_by_vectors = torch.equal(by_matrices[0], by_vectors[0])
+    assert prompt_by_vectors != edits_fast_by_matrix(len(ids)), "the prompt is edited in the slower way"
+    assert not torch.equal(by_matrices[1:], by_vectors[1:]), "the matrices were not used for the answer"
     error, change = ((right.exp() * (right - found)).sum(1).mean() for found in (by_matrices, base))
     assert error < 0.05 * change
 
@@ -115,13 +116,14 @@ def test_base_rows_stay_bit_for_bit_as_they_are_beside_rows_that_matrices_edit(a
     assert (found["matrices"] - found["vectors"])[edited].float().norm() < 0.2 * change
 
 
-def test_matrices_edit_single_tokens_of_few_rows_of_one_mixture(adapted):
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_matrices_edit_rows_of_one_mixture(adapted, tokens):
     first, second = with_matrices(adapted, 0), with_matrices(adapted, 1)
     for rows in ([first], [None, first], [None, second, second], [None] * 4 + [first] * 4):
-        assert edited_by_matrices(adapted, rows)
-        assert not edited_by_matrices(adapted, rows, tokens=2)
-    for rows in ([first, second], [None] + [first] * 5, [None, dict(first)]):
-        assert not edited_by_matrices(adapted, rows)
+        edited = sum(row is not None for row in rows)
+        assert edited_by_matrices(adapted, rows, tokens) == edits_fast_by_matrix(edited * tokens)
+    for rows in ([first, second], [None, dict(first)]):
+        assert not edited_by_matrices(adapted, rows, tokens)
 
 
 def test_matrices_are_there_once_all_are_made(adapted):

@@ -4,7 +4,7 @@ Mean Kullback-Leibler divergence a token of an answer, in nats, of the adapted m
 
 - `bf16`: the model in bfloat16, edits as torch computes them in bfloat16;
 - `bf16_8_bits`: the same by the kernels, whose edits round singular vectors and what meets them to 8 bits;
-- `bf16_matrices`: the same, but single tokens by the mixture's matrices, which are made of those vectors;
+- `bf16_matrices`: the same, but by the mixture's matrices, which are made of those vectors;
 - `directions_75` and so on: the model in fp32 with the smallest |z − 1| of each layer at 0, 75 % of them kept.
 """
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.kernels.build import has_tiles
-from t2app.kernels.linear import FastLinear, Kind, VectorEdit
+from t2app.kernels.linear import FastLinear, Kind, MatrixEdit, VectorEdit
 from t2app.models import load_model
 from t2app.products import edited
 from t2app.spectral import SpectralLinear
@@ -23,8 +23,9 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
 
     `few`, `many` and `tiles` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the
     weight that lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those
-    with `all` all of them; `factors` does that too, by the weight in the basis. What is best here decides nothing: the
-    choices are in `spectral.py`, `kernels/linear.py` and `models.resolve_precision`, made on this.
+    with `all` all of them; `factors` does that too, by the weight in the basis. Those with `matrix` edit the last half
+    by the matrix of one z. What is best here decides nothing: the choices are in `spectral.py`, `kernels/linear.py` and
+    `models.resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.
@@ -41,6 +42,7 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
             ways[name] = partial(_kernel, kind)
             ways[f"{name}_edit"] = partial(_kernel_edit, kind, _last_half)
             ways[f"{name}_all"] = partial(_kernel_edit, kind, _all_rows)
+            ways[f"{name}_matrix"] = partial(_kernel_matrix, kind)
     generator = torch.Generator().manual_seed(0)
     for rows in _ROWS:
         inputs = [torch.randn(rows, 1, layer.base.in_features, generator=generator).bfloat16() for layer in layers]
@@ -86,6 +88,12 @@ def _kernel_edit(
     kind: Kind, edited_rows: Callable[[Tensor], tuple[slice, Tensor]], layer: SpectralLinear, delta: Tensor
 ) -> Callable[[Tensor], Tensor]:
     kernel, edit = layer.base.kernel(kind), VectorEdit(layer.packed, layer.edits_input, *edited_rows(delta))
+    return lambda x: kernel(x, edit)
+
+
+def _kernel_matrix(kind: Kind, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
+    rows, delta = _last_half(delta)
+    kernel, edit = layer.base.kernel(kind), MatrixEdit(layer.packed_matrix(delta[0]), layer.edits_input, rows)
     return lambda x: kernel(x, edit)
 
 

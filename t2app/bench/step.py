@@ -11,7 +11,7 @@ from t2app.bench.figure import seconds
 from t2app.decoding import Batch
 from t2app.decoding.step_graphs import StepGraphs
 from t2app.experts import mix
-from t2app.kernels.linear import packed_matrix_bytes
+from t2app.kernels.linear import edits_fast_by_matrix, packed_matrix_bytes
 from t2app.messages import Sampling
 from t2app.models import Model
 from t2app.parts import whole
@@ -118,9 +118,10 @@ def weight_operations(model: Model, rows: Sequence[Deltas | None]) -> int:
 
 def _by_matrices(model: Model, rows: Sequence[Deltas | None]) -> bool:
     """Whether the adapted rows have one mixture, and are edited by its matrices."""
-    mixture = one_mixture(rows)
+    mixture, adapted = one_mixture(rows), sum(row is not None for row in rows)
     on_gpu = all(layer.takes_whole_matrix for layer in model.adapted.layers.values())
-    return mixture is not None and (on_gpu or model.adapted.has_matrices_of(mixture))
+    by_kernels = mixture is not None and model.adapted.has_matrices_of(mixture) and edits_fast_by_matrix(adapted)
+    return mixture is not None and (on_gpu or by_kernels)
 
 
 def _read_of_vectors(layer: SpectralLinear) -> int:

@@ -36,6 +36,9 @@ MANY_ROWS = 256
 # of them multiplies together.
 _BFLOAT16_WIDTH, _BYTES_WIDTH = 2 * WIDTH, 4 * WIDTH
 
+# Where there are tiles, products with the vectors of more tokens are by these. Elsewhere a matrix is faster, or as
+# fast, for as many as the kernels take (`bench products`).
+_MATRIX_TOKENS_BESIDE_TILES = 8
 # How often a matrix is scaled before it is rounded: an edit gets a little more exact each time, and ever less.
 _SCALINGS = 3
 
@@ -196,6 +199,11 @@ def _even_first(rows: Tensor) -> Tensor:
 def edits_fast(tokens: int) -> bool:
     """Whether a `RowEdit` is faster than torch's products for so many tokens of all rows together."""
     return tokens <= MANY_ROWS
+
+
+def edits_fast_by_matrix(tokens: int) -> bool:
+    """Whether so many edited tokens of all rows together take a `MatrixEdit` no longer than a `VectorEdit`."""
+    return tokens <= _MATRIX_TOKENS_BESIDE_TILES or not has_tiles()
 
 
 class FastLinear(nn.Linear):
