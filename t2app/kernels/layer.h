@@ -56,7 +56,9 @@ struct Layer : Kept {
   const Kind kind;
 
   bool multiplies_bfloat16() const { return kMultipliesBfloat16 && kind != Kind::kFew && in_features % (2 * kBlock) == 0; }
-  bool multiplies_words() const { return kind == Kind::kMany && !multiplies_bfloat16(); }
+  bool multiplies_words() const {
+    return kind == Kind::kMany && !multiplies_bfloat16() && in_features <= kLongestRowOfWords;
+  }
 
  private:
   void find_word_scales() {

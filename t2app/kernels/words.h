@@ -59,8 +59,10 @@ struct OfWords {
 };
 #endif
 
-// A little below what 32 and 16 bits allow, as rounding to words may make them larger.
+// A little below what 32 and 16 bits allow: rounding to words makes a norm larger by half of the root of a row's length at
+// most, and a number by a half.
 constexpr float kLargestNorm = 46000, kLargestWord = 32766;
+constexpr int64_t kLongestRowOfWords = 1 << 18;
 // A row of smaller numbers is one of zeros.
 constexpr float kSmallestOfRow = 1e-30f;
 
