@@ -95,7 +95,7 @@ class WideAttention {
     const int64_t count = group.count, size = group.size, tokens = group.tokens;
     for (int64_t g = 0; g < count; ++g) put_even_first(group.queries + g * size, size, queries_.data() + g * size);
     for (int64_t t = 0; t < tokens; ++t) {
-      products(count, group.keys + t * group.key_stride, queries_.data(), size, of_token_.data());
+      products(count, 1, group.keys + t * group.key_stride, queries_.data(), size, of_token_.data(), 1);
       for (int64_t g = 0; g < count; ++g) scores_[g * tokens + t] = of_token_[g];
     }
     for (int64_t g = 0; g < count; ++g) softmax(scores_.data() + g * tokens, tokens, group.scale, group.seen);

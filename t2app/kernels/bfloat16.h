@@ -16,6 +16,9 @@ using torch::headeronly::BFloat16;
 inline float widened(uint16_t value) { return BFloat16(value, BFloat16::from_bits()); }
 inline uint16_t rounded(float value) { return BFloat16(value).x; }
 
+// bfloat16 in a cache line.
+constexpr int64_t kOfCacheLine = kCacheLine / sizeof(uint16_t);
+
 inline void put_even_first(const uint16_t* row, int64_t length, float* result) {
   for (int64_t i = 0; i < length; i += kBlock) {
     const Pairs pairs = load_pairs(row + i);
@@ -33,43 +36,55 @@ inline void store_rounded_sums(const float* a, const float* b, int64_t count, ui
   for (; i < count; ++i) target[i] = rounded(a[i] + b[i]);
 }
 
-// One row of a matrix (length k) against R rows of x in even-first order.
-template <int R>
-inline void products_of(const uint16_t* weights, const float* x, int64_t k, float* result, const Ahead& ahead) {
-  // A sum waits for its last addition: two in turn keep up with the memory where one does not.
-  constexpr int kTurns = 2;
-  Floats even[kTurns][R], odd[kTurns][R];
-  for (int turn = 0; turn < kTurns; ++turn)
-    for (int r = 0; r < R; ++r) even[turn][r] = odd[turn][r] = zeros();
-  const auto add = [&](int turn, int64_t i) {
-    ahead.of(weights + i);
-    const Pairs pairs = load_pairs(weights + i);
-    const Floats first = even_elements(pairs), second = odd_elements(pairs);
-    for (int r = 0; r < R; ++r) {
-      even[turn][r] = multiply_add(first, load(x + r * k + i), even[turn][r]);
-      odd[turn][r] = multiply_add(second, load(x + r * k + i + kLanes), odd[turn][r]);
-    }
-  };
-  int64_t i = 0;
-  for (; i + kTurns * kBlock <= k; i += kTurns * kBlock) {
-    for (int turn = 0; turn < kTurns; ++turn) add(turn, i + turn * kBlock);
+// C rows of a matrix (length k), one after another, against R rows of x in even-first order: result (R, C), whose rows are
+// `apart`. What is loaded serves several sums, and no sum waits for its last addition while others are there.
+template <int R, int C>
+inline void products_of(const uint16_t* weights, const float* x, int64_t k, float* result, int64_t apart,
+                        const Ahead& ahead) {
+  Floats even[C][R], odd[C][R];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) even[c][r] = odd[c][r] = zeros();
   }
-  if (i < k) add(0, i);
-  for (int r = 0; r < R; ++r) result[r] = sum((even[0][r] + odd[0][r]) + (even[1][r] + odd[1][r]));
+  for (int64_t i = 0; i < k; i += kBlock) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const uint16_t* block = weights + c * k + i;
+      if (i % kOfCacheLine == 0) ahead.of(block);
+      const Pairs pairs = load_pairs(block);
+      const Floats first = even_elements(pairs), second = odd_elements(pairs);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        even[c][r] = multiply_add(first, load(x + r * k + i), even[c][r]);
+        odd[c][r] = multiply_add(second, load(x + r * k + i + kLanes), odd[c][r]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) result[r * apart + c] = sum(even[c][r] + odd[c][r]);
+  }
 }
 
 constexpr int64_t kRowsAtOnce = 4;
 
-// The same for `rows` rows of x, four at a time; result (rows,).
-inline void products(int64_t rows, const uint16_t* weights, const float* x, int64_t k, float* result,
-                     const Ahead& ahead = {}) {
-  for (; rows >= kRowsAtOnce; rows -= kRowsAtOnce, x += kRowsAtOnce * k, result += kRowsAtOnce) {
-    products_of<kRowsAtOnce>(weights, x, k, result, ahead);
+// The same for `rows` rows of x and `columns` rows of the matrix, some of them at a time.
+inline void products(int64_t rows, int64_t columns, const uint16_t* weights, const float* x, int64_t k, float* result,
+                     int64_t apart, const Ahead& ahead = {}) {
+  const auto some = [&]<int R, int C>() {
+    int64_t c = 0;
+    for (; c + C <= columns; c += C) products_of<R, C>(weights + c * k, x, k, result + c, apart, ahead);
+    for (; c < columns; ++c) products_of<R, 1>(weights + c * k, x, k, result + c, apart, ahead);
+  };
+  for (; rows >= kRowsAtOnce; rows -= kRowsAtOnce, x += kRowsAtOnce * k, result += kRowsAtOnce * apart) {
+    some.template operator()<kRowsAtOnce, 1>();
   }
   switch (rows) {
-    case 1: return products_of<1>(weights, x, k, result, ahead);
-    case 2: return products_of<2>(weights, x, k, result, ahead);
-    case 3: return products_of<3>(weights, x, k, result, ahead);
+    case 1: return some.template operator()<1, 4>();
+    case 2: return some.template operator()<2, 2>();
+    case 3: return some.template operator()<3, 1>();
   }
 }
 

@@ -27,11 +27,7 @@ inline void multiply_few(const float* x, int64_t rows, const uint16_t* weight, i
     const int64_t columns = std::min(kFewColumnsAtOnce, end - tile);
     for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - row);
-      for (int64_t o = 0; o < columns; ++o) {
-        float of_column[kRowsAtOnce];
-        products(count, weight + (tile + o) * k, x + row * k, k, of_column, ahead);
-        for (int64_t r = 0; r < count; ++r) results[r][o] = of_column[r];
-      }
+      products(count, columns, weight + tile * k, x + row * k, k, results[0], kFewColumnsAtOnce, ahead);
       for (int64_t r = 0; r < count; ++r) store(row + r, tile, columns, results[r]);
     }
   }
