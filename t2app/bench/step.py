@@ -118,10 +118,13 @@ def weight_operations(model: Model, rows: Sequence[Deltas | None]) -> int:
 
 def _by_matrices(model: Model, rows: Sequence[Deltas | None]) -> bool:
     """Whether the adapted rows have one mixture, and are edited by its matrices."""
-    mixture, adapted = one_mixture(rows), sum(row is not None for row in rows)
-    on_gpu = all(layer.takes_whole_matrix for layer in model.adapted.layers.values())
-    by_kernels = mixture is not None and model.adapted.has_matrices_of(mixture) and edits_fast_by_matrix(adapted)
-    return mixture is not None and (on_gpu or by_kernels)
+    mixture = one_mixture(rows)
+    if mixture is None:
+        return False
+    if all(layer.takes_whole_matrix for layer in model.adapted.layers.values()):
+        return True
+    adapted = sum(row is not None for row in rows)
+    return model.adapted.has_matrices_of(mixture) and edits_fast_by_matrix(adapted)
 
 
 def _read_of_vectors(layer: SpectralLinear) -> int:
