@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2app.layer_paths import block_of, place_in_blocks
 from t2app.spectral import Deltas
+from t2app.spectral.layer_paths import block_of, place_in_blocks
 
 # How much of an expert is mixed in: one α for the whole model, or one for each of its blocks.
 Alpha = float | Sequence[float]

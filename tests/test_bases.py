@@ -9,8 +9,8 @@ from conftest import SMALL_CONFIGS
 from t2app import bases
 from t2app.bases import CachedBases
 from t2app.families import random_model
-from t2app.layer_paths import block_linear_paths
 from t2app.spectral import basis_of, linear_layer
+from t2app.spectral.layer_paths import block_linear_paths
 from t2app.weights import CheckpointWeights
 
 

@@ -7,12 +7,12 @@ import torch
 from random_mixtures import random_deltas
 from torch import Tensor
 
-from t2app import edit_matrix as module
-from t2app import spectral
-from t2app.edit_matrix import edit_matrix, why_not
-from t2app.layer_paths import block_linear_paths
-from t2app.products import edited
 from t2app.spectral import SpectralLinear, SpectralModel, basis_of, linear_layer
+from t2app.spectral import edit_matrix as module
+from t2app.spectral import model as spectral_model
+from t2app.spectral.edit_matrix import edit_matrix, why_not
+from t2app.spectral.layer_paths import block_linear_paths
+from t2app.spectral.products import edited
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture(autouse=True)
 def forget_what_works() -> None:
     why_not.cache_clear()
-    spectral._warn_once.cache_clear()
+    spectral_model._warn_once.cache_clear()
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -57,7 +57,7 @@ def test_any_width_and_rows_are_edited_beside_a_bias(narrow, rows):
 def adapted(small, monkeypatch) -> SpectralModel:
     """A small model in bfloat16 that is taken for one on a GPU."""
     monkeypatch.setattr(SpectralLinear, "takes_whole_matrix", True)
-    monkeypatch.setattr(spectral, "gpu_can_spare", lambda size, device: True)
+    monkeypatch.setattr(spectral_model, "gpu_can_spare", lambda size, device: True)
     bases = {path: basis_of(linear_layer(small, path).weight) for path in block_linear_paths(small)}
     return SpectralModel(deepcopy(small).to(DEVICE, torch.bfloat16), bases)
 
@@ -94,7 +94,7 @@ def test_matrices_are_made_for_few_rows_of_one_mixture_where_memory_allows(adapt
     some = dict(list(first.items())[:2])
     assert [path for path, made in matrices(adapted, [None, some]).items() if made] == list(some)
     sizes = []
-    monkeypatch.setattr(spectral, "gpu_can_spare", lambda size, device: sizes.append(size))
+    monkeypatch.setattr(spectral_model, "gpu_can_spare", lambda size, device: sizes.append(size))
     assert not any(matrices(adapted, [None, first]).values())
     assert sizes == [sum(layer.rank**2 for layer in adapted.layers.values())]
 

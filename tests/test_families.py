@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from t2app.families import CHECKS, FAMILIES, check_family, families_table, refusal
-from t2app.layer_paths import block_linear_paths
+from t2app.spectral.layer_paths import block_linear_paths
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,10 @@ from t2app.kernels.linear import (
 )
 from t2app.kernels.model import use_kernels
 from t2app.key_values import GrowingCache
-from t2app.layer_paths import block_linear_paths
 from t2app.models import load_model
-from t2app.products import edited
 from t2app.spectral import SpectralModel, basis_of
+from t2app.spectral.layer_paths import block_linear_paths
+from t2app.spectral.products import edited
 
 SHAPES = [(1536, 576), (576, 1536), (192, 576), (41, 48), (7, 48), (5, 30)]
 

@@ -27,11 +27,11 @@ from t2app.gguf_conversion import _GGUFReader
 from t2app.kernels.build import kernel_folder
 from t2app.kernels.linear import pack_vectors
 from t2app.kernels.model import use_kernels
-from t2app.layer_paths import block_linear_paths
 from t2app.machine import fits, memory_bytes
 from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
+from t2app.spectral.layer_paths import block_linear_paths
 from t2app.tasks.registry import task_named
 from t2app.weights import CheckpointWeights, WeightsError
 

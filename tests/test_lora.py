@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2app.layer_paths import block_linear_paths
+from t2app.spectral.layer_paths import block_linear_paths
 from t2app.training.lora import LoraModel
 
 

@@ -7,13 +7,14 @@ import torch
 from random_mixtures import random_deltas
 from torch import Tensor
 
-from t2app import machine, spectral
+from t2app import machine
 from t2app.bench.edit import _log_probabilities
 from t2app.experts import mix
 from t2app.kernels.linear import MatrixEdit, VectorEdit, edits_fast_by_matrix, has_fast_linears
 from t2app.models import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
+from t2app.spectral.model import _KEPT_MATRICES
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_matrices_are_there_once_all_are_made(adapted):
 
 
 def test_matrices_of_the_mixtures_that_were_used_last_are_kept(adapted):
-    few = [dict(list(random_deltas(adapted, 0).items())[:2]) for _ in range(spectral._KEPT_MATRICES)]
+    few = [dict(list(random_deltas(adapted, 0).items())[:2]) for _ in range(_KEPT_MATRICES)]
     for deltas in few:
         whole(adapted.making_matrices(deltas))
     adapted.plan([None, few[0]])

@@ -18,7 +18,7 @@ import t2app
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL, WheelFile
 from t2app.checkpoints import ModelError, bytes_in, checkpoint_ahead, checkpoint_of
 from t2app.models import load_model
-from t2app.products import has_bfloat16_arithmetic
+from t2app.spectral.products import has_bfloat16_arithmetic
 
 # What auto stands for where many rows are decoded at once.
 MANY_ROWS = "bf16" if has_bfloat16_arithmetic() else "fp32"

@@ -17,11 +17,11 @@ from t2app.cli import main
 from t2app.decoding import Batch, collected, decode
 from t2app.engine import Engine, PromptError
 from t2app.experts import Expert, ExpertError, load_expert, mix, save_expert
-from t2app.layer_paths import is_mlp_path
 from t2app.messages import MANUAL, Dispatched, Sampling
 from t2app.models import Model, load_model
 from t2app.pictures import PictureError, read_picture
 from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
+from t2app.spectral.layer_paths import is_mlp_path
 
 QUESTION = "What is in this picture?"
 GREEDY = Sampling(max_new_tokens=12)

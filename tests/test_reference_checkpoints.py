@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from t2app.cli import main
 from t2app.experts import ExpertError, load_expert, mix
-from t2app.layer_paths import block_linear_paths, is_mlp_path
 from t2app.models import Model
 from t2app.reference_checkpoints import expert_of_checkpoint, read_checkpoint
+from t2app.spectral.layer_paths import block_linear_paths, is_mlp_path
 
 # It cancels; a power of two does so exactly in bfloat16, in which the authors multiply by it.
 MAX_MULT = 2.0

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from t2app.bench.composed import Factors, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.layer_paths import block_linear_paths, is_mlp_path
 from t2app.models import load_model
 from t2app.spectral import Basis, basis_of, linear_layer
+from t2app.spectral.layer_paths import block_linear_paths, is_mlp_path
 
 # The MLP of an 8B Llama or Mistral; on a CPU one of its decompositions takes minutes.
 _SHAPES = {"cuda": ((14336, 4096), (4096, 14336)), "cpu": ((4096, 1024),)}

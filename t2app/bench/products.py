@@ -11,8 +11,8 @@ from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.kernels.build import has_tiles
 from t2app.kernels.linear import FastLinear, Kind, MatrixEdit, VectorEdit
 from t2app.models import load_model
-from t2app.products import edited
 from t2app.spectral import SpectralLinear
+from t2app.spectral.products import edited
 
 _ROWS = (1, 2, 3, 4, 6, 7, 8, 16, 64, 96, 128, 256, 384)
 _STEPS = 5
@@ -24,8 +24,8 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     `few`, `many` and `tiles` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the
     weight that lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those
     with `all` all of them; `factors` does that too, by the weight in the basis. Those with `matrix` edit the last half
-    by the matrix of one z. What is best here decides nothing: the choices are in `spectral.py`, `kernels/linear.py` and
-    `models.resolve_precision`, made on this.
+    by the matrix of one z. What is best here decides nothing: the choices are in `spectral/layer.py`,
+    `kernels/linear.py` and `models.resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.

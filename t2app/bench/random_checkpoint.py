@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from t2app.catalogue import DEFAULT_MODEL, Shape
 from t2app.checkpoints import checkpoint_of
-from t2app.layer_paths import block_of
+from t2app.spectral.layer_paths import block_of
 
 _SPREAD = 0.02
 

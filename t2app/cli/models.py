@@ -100,8 +100,8 @@ def import_expert(options: argparse.Namespace) -> None:
         )
 
     from t2app.experts import save_expert
-    from t2app.layer_paths import is_mlp_path
     from t2app.reference_checkpoints import expert_of_checkpoint, read_checkpoint
+    from t2app.spectral.layer_paths import is_mlp_path
 
     checkpoint = read_checkpoint(options.file)
     expert = expert_of_checkpoint(checkpoint, options.name, label, description, load(options, layers=is_mlp_path))

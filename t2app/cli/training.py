@@ -118,7 +118,7 @@ def train(options: argparse.Namespace) -> None:
 def _trainer(options: argparse.Namespace, task: Task) -> "Trainer":
     """The training of an expert, or of a LoRA, that the options ask for."""
     from t2app.experts import load_expert
-    from t2app.layer_paths import is_mlp_path
+    from t2app.spectral.layer_paths import is_mlp_path
     from t2app.training.trainer import Trainer
 
     preset = PRESETS[options.preset]

@@ -14,7 +14,7 @@ from t2app.decoding.prefix import Prefix
 from t2app.decoding.sampling import next_tokens
 from t2app.decoding.step_graphs import StepGraphs, recorder_for
 from t2app.messages import Sampling
-from t2app.spectral import Deltas, RowDeltas, SpectralModel
+from t2app.spectral import Deltas, Plan, SpectralModel
 from t2app.vision import PictureInputs
 
 
@@ -56,7 +56,7 @@ class Batch:
         self._rows: list[_Row] = []
         self._admitted = 0
         self._context: Context | None = None
-        self._plan: dict[str, RowDeltas | None] = {}
+        self._plan: Plan = {}
         self._graphs = graphs or StepGraphs(adapted, recorder_for(adapted))
 
     def __len__(self) -> int:

@@ -28,8 +28,7 @@ INSTRUCTIONS = {
 }
 # Whose stable interface is used, as its headers write it: 2.11, the oldest that requirements.txt takes.
 _OLDEST_TORCH = 2 << 56 | 11 << 48
-_FOLDER = Path(__file__).parent
-_SOURCE = _FOLDER / "library.cpp"
+_SOURCE = Path(__file__).parent / "csrc" / "library.cpp"
 
 
 def _has_avx512() -> bool:
@@ -89,7 +88,7 @@ def load_kernels(folder: Path) -> bool:
 def _loaded_from(folder: Path) -> bool:
     if not torch.cpu._is_avx2_supported():
         return False
-    sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h"))))
+    sources = b"".join(file.read_bytes() for file in (_SOURCE, *sorted(_SOURCE.parent.glob("*.h"))))
     built_for = " ".join([torch.__version__, *cpu_instructions()])
     key = hashlib.sha256(sources + built_for.encode()).hexdigest()[:16]
     library = folder / f"kernels-{key}.so"

@@ -19,7 +19,7 @@ from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_tiles
 
 
 class Kind(IntEnum):
-    """How a layer multiplies: for few rows, for many, or for many by tiles. layer.h has the same."""
+    """How a layer multiplies: for few rows, for many, or for many by tiles. csrc/layer.h has the same."""
 
     FEW = 0
     MANY = 1

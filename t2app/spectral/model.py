@@ -1,0 +1,173 @@
+"""A model whose layers edit every row of a batch by a mixture of its own."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from t2app.kernels.linear import FastLinear, PackedMatrix, has_fast_linears, packed_matrix_bytes
+from t2app.machine import can_spare, gpu_can_spare
+from t2app.parts import Parts
+from t2app.spectral.basis import Basis
+from t2app.spectral.layer import SpectralLinear, execution_device, linear_layer
+from t2app.spectral.plan import Deltas, Plan, PlanInUse, one_mixture
+
+# Mixtures that have matrices for the kernels at a time.
+_KEPT_MATRICES = 8
+
+
+class _KeptMatrices(NamedTuple):
+    """A mixture, which is known again as this object, and its matrices by layer."""
+
+    deltas: Deltas
+    by_layer: Mapping[str, PackedMatrix]
+
+
+class SpectralModel:
+    """A model whose linear layers named by `bases` take a mixture for every row; `detach` gives the model back.
+
+    Args:
+        model: any module; its parameters are neither copied nor changed.
+        bases: the basis of every layer to adapt, by the layer's path in `model`.
+        many_rows: whether batches will be large and all their rows adapted; a second copy of the weights makes them
+            faster.
+
+    Raises:
+        ValueError: a path names no linear layer of `model`, or a basis does not fit its layer.
+    """
+
+    def __init__(self, model: nn.Module, bases: Mapping[str, Basis], many_rows: bool = False):
+        self.model = model
+        self.layers: dict[str, SpectralLinear] = {}
+        self._in_use = PlanInUse()
+        self._matrices: list[_KeptMatrices] = []  # those used last come last
+        by_kernels = has_fast_linears(model)
+        for path, basis in bases.items():
+            layer = linear_layer(model, path)
+            if min(layer.in_features, layer.out_features) != basis.rank:
+                raise ValueError(
+                    f"the basis for '{path}' has rank {basis.rank}; the layer is "
+                    f"{layer.out_features} × {layer.in_features}"
+                )
+            # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
+            dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
+            self.layers[path] = SpectralLinear(layer, basis, dtype, many_rows, by_kernels, path, self._in_use)
+        for path, layer in self.layers.items():
+            model.set_submodule(path, layer)
+
+    def plan(self, rows: Sequence[Deltas | None]) -> Plan:
+        """What every layer does to a batch whose row i is adapted by rows[i]; None is the model as it is."""
+        matrices = self._matrices_for(rows)
+        return {
+            path: layer.row_deltas(
+                [None if deltas is None else deltas.get(path) for deltas in rows], matrices.get(path)
+            )
+            for path, layer in self.layers.items()
+        }
+
+    @contextmanager
+    def using(self, plan: Plan):
+        """Run batches by a plan for the time of a block; outside of one the model is the untouched one."""
+        self._in_use.plan = plan
+        try:
+            yield
+        finally:
+            self._in_use.plan = None
+
+    def rows(self, rows: Sequence[Deltas | None]):
+        """`using` a plan for these rows."""
+        return self.using(self.plan(rows))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """New z − 1 (rank,) of every layer in float32, all 0: as a mixture, the model as it is.
+
+        Raises:
+            ValueError: the layers compute no gradient.
+        """
+        require_gradients(self.model)
+        return {path: nn.Parameter(torch.zeros(layer.rank, device=layer.device)) for path, layer in self.layers.items()}
+
+    def merging(self, deltas: Deltas) -> Parts[None]:
+        """Keep the weights of a mixture that all rows of many batches will have, a layer a part.
+
+        Such a batch then costs what the plain model's does. Layers that do not run by the kernels stay as they are.
+        """
+        for path in self._mergeable(deltas):
+            self.layers[path].merge(deltas[path])
+            yield
+
+    def merged_bytes(self, deltas: Deltas) -> int:
+        """What `merging` takes: as much memory as the layers' own weights."""
+        return sum(self.layers[path].base.weight.nbytes for path in self._mergeable(deltas))
+
+    def making_matrices(self, deltas: Deltas) -> Parts[None]:
+        """Keep the matrices of a mixture, a layer a part: from then on they edit its rows, where all have this mixture.
+
+        It takes the same object as `plan` is given. Nothing is made where vectors are not packed for the kernels, nor
+        where memory does not allow; the `_KEPT_MATRICES` mixtures that were used last have theirs.
+        """
+        layers = {path: layer for path in deltas if (layer := self.layers[path]).packed is not None}
+        size = sum(packed_matrix_bytes(layer.rank) for layer in layers.values())
+        if not layers or self.has_matrices_of(deltas) or not can_spare(size):
+            return
+        made = {}
+        for path, layer in layers.items():
+            made[path] = layer.packed_matrix(deltas[path])
+            yield
+        self._matrices = [*self._matrices, _KeptMatrices(deltas, made)][-_KEPT_MATRICES:]
+
+    def has_matrices_of(self, deltas: Deltas) -> bool:
+        """Whether `making_matrices` has made them, and they are kept."""
+        return any(kept.deltas is deltas for kept in self._matrices)
+
+    def edit_by_matrices(self) -> None:
+        """Have the plan in use edit single tokens by matrices where that is faster, and memory allows.
+
+        It takes a model whose layers all compute on one device.
+        """
+        sizes = {layer: size for layer in self.layers.values() if (size := layer.matrix_bytes())}
+        if not sizes or not gpu_can_spare(sum(sizes.values()), device := next(iter(sizes)).device):
+            return
+        from t2app.spectral.edit_matrix import why_not
+
+        for narrow, biased in {(layer.vectors.shape[1], layer.bias is not None) for layer in sizes}:
+            if reason := why_not(narrow, biased, device):
+                _warn_once(f"steps are slower than they could be, edits go without matrices: {reason}")
+                return
+        for layer in sizes:
+            layer.make_matrix()
+
+    def detach(self) -> nn.Module:
+        """Put the original layers back and return the model."""
+        for path, layer in self.layers.items():
+            self.model.set_submodule(path, layer.base)
+        self.layers, self._matrices = {}, []
+        return self.model
+
+    def _mergeable(self, deltas: Deltas) -> list[str]:
+        return [path for path in deltas if isinstance(self.layers[path].base, FastLinear)]
+
+    def _matrices_for(self, rows: Sequence[Deltas | None]) -> Mapping[str, PackedMatrix]:
+        """The packed matrices of rows of one mixture that has them, by layer."""
+        mixture = one_mixture(rows)
+        if mixture is None or not self.has_matrices_of(mixture):
+            return {}
+        # This one was used last.
+        self._matrices = sorted(self._matrices, key=lambda kept: kept.deltas is mixture)
+        return self._matrices[-1].by_layer
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+
+
+def require_gradients(model: nn.Module) -> None:
+    """Raises ValueError where a gradient would be lost: bitsandbytes' products on a CPU, once packed, have none."""
+    packed = (layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.uint8)
+    if any(execution_device(layer).type == "cpu" for layer in packed):
+        raise ValueError("4-bit layers give no gradient on a CPU: train with --precision bf16 or fp32, or on a GPU")
