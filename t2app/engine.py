@@ -5,15 +5,14 @@ of them shows an event.
 """
 
 import time
-from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
 
 from PIL.Image import Image
 
 from t2app.decoding import TextStream
 from t2app.dispatch import Decision, Dispatcher, make_dispatcher
-from t2app.experts import Alpha, Expert, mean_changes, mix, share
+from t2app.experts import mean_changes, share
 from t2app.messages import (
     NAMING_DISPATCHERS,
     Dispatched,
@@ -26,6 +25,7 @@ from t2app.messages import (
     Token,
     Waiting,
 )
+from t2app.mixer import Mixer
 from t2app.models import Model
 from t2app.parts import Parts, next_part
 from t2app.scheduler import Caller, EngineError, Scheduler, free_memory
@@ -36,8 +36,6 @@ from t2app.vision import PictureInputs
 __all__ = ["STREAMS", "Engine", "EngineError", "PromptError"]
 
 STREAMS = ("base", "adapted")
-# Mixtures that were used last and are not made anew, and those of them at most that wait for their matrices.
-_KEPT_MIXTURES, _WAITING_MIXTURES = 16, 8
 
 
 class PromptError(ValueError):
@@ -55,9 +53,7 @@ class Engine:
         self._model: Model | None = model
         self._dispatchers: dict[str, Dispatcher] = {}
         self._scheduler = Scheduler(model.adapted, model.eos_ids, limits or Limits(), model.beginning())
-        # What is kept for a mixture is found again by the same object.
-        self._mixture = lru_cache(_KEPT_MIXTURES)(partial(_mixture, model.experts))
-        self._without_matrices: deque[Deltas] = deque(maxlen=_WAITING_MIXTURES)
+        self._mixer: Mixer | None = Mixer(model.experts, model.adapted)
 
     @property
     def model(self) -> Model:
@@ -69,9 +65,8 @@ class Engine:
     def close(self) -> None:
         """Let go of the model once all callers that are there have left; those who come now get an EngineError."""
         self._scheduler.close()
-        self._model = None
+        self._model = self._mixer = None
         self._dispatchers.clear()
-        self._mixture.cache_clear()
         free_memory()
 
     def dispatcher(self, name: str, weights: Mapping[str, float] | None = None, user: Hashable = None) -> Dispatcher:
@@ -88,9 +83,7 @@ class Engine:
         if name not in self._dispatchers:
             self._dispatchers[name] = dispatcher = make_dispatcher(name, self.model)
             self._scheduler.when_idle(dispatcher.speeding_up())
-            # It may give any of them the whole weight.
-            for expert in self.model.experts:
-                self._make_matrices_when_idle(self._mixture(_frozen({expert.name: 1.0})))
+            self._scheduler.when_idle(self._mixer.making_matrices())
 
     def answer(
         self,
@@ -125,7 +118,7 @@ class Engine:
         )
         with self._scheduler.caller(user) as caller:
             decision, seconds = yield from caller.run_in_parts(_timed(dispatcher.deciding(prompt)))
-            mixture = self._mixture(_frozen(decision.weights))
+            mixture = self._mixer.mixture(decision.weights)
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -135,9 +128,8 @@ class Engine:
                 mean_changes(mixture),
                 decision.trace,
             )
+            yield from caller.run_in_parts(self._mixer.adding_matrices(mixture, decision.weights))
             yield from self._second_pass(caller, ids, picture, mixture, sampling)
-            if mixture is not None:
-                self._make_matrices_when_idle(mixture)
 
     def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Reevaluated | Waiting]:
         """Run a search; between its rounds others are served. Closing the iterator ends it.
@@ -164,22 +156,6 @@ class Engine:
                 f"{asked} is {prompt_tokens:,} tokens long and its answer may have {answer_tokens:,}; there is memory "
                 f"for {most:,} together. Shorten the prompt or ask for a shorter answer."
             )
-
-    def _make_matrices_when_idle(self, mixture: Deltas) -> None:
-        """Have later answers by a mixture be faster and, but for rounding, no different."""
-        if self.model.adapted.has_matrices_of(mixture):
-            return
-        others_wait = bool(self._without_matrices)
-        self._without_matrices.append(mixture)
-        if not others_wait:
-            self._scheduler.when_idle(self._making_matrices())
-
-    def _making_matrices(self) -> Parts[None]:
-        try:
-            while self._without_matrices:
-                yield from self.model.adapted.making_matrices(self._without_matrices.pop())
-        finally:
-            self._without_matrices.clear()
 
     def _second_pass(
         self,
@@ -211,16 +187,6 @@ class Engine:
                 yield Token(STREAMS[row], text, counts[row], seconds)
         base, adapted = (stream.text for stream in streams)
         yield Finished(base, adapted, sum(counts), seconds, sum(counts) / seconds)
-
-
-def _frozen(weights: Mapping[str, Alpha]) -> tuple[tuple[str, Alpha], ...]:
-    """Weights as a key to look a mixture up by, without those who take no part."""
-    frozen = ((name, tuple(alpha) if isinstance(alpha, Sequence) else alpha) for name, alpha in weights.items())
-    return tuple((name, alpha) for name, alpha in frozen if alpha != 0)
-
-
-def _mixture(experts: Sequence[Expert], weights: tuple[tuple[str, Alpha], ...]) -> Deltas | None:
-    return mix(experts, dict(weights))
 
 
 def _timed(parts: Parts[Decision]) -> Parts[tuple[Decision, float]]:

@@ -126,13 +126,20 @@ def mix(experts: Iterable[Expert], weights: Mapping[str, Alpha]) -> Deltas | Non
         if name not in by_name:
             raise ExpertError(f"there is no expert '{name}'; this model has {_listed(by_name)}")
         expert = by_name[name]
-        alphas = _by_block(name, alpha, expert.weights.blocks)
-        for path, vector in expert.z.items():
-            if alphas[block_of(path)] == 0:
-                continue
-            delta = alphas[block_of(path)] * (vector - 1)
+        for path, own in alphas_by_path(expert, alpha).items():
+            delta = own * (expert.z[path] - 1)
             deltas[path] = deltas[path] + delta if path in deltas else delta
     return deltas or None
+
+
+def alphas_by_path(expert: Expert, alpha: Alpha) -> dict[str, float]:
+    """An expert's α of every layer that it changes in a mixture, by the layer's path.
+
+    Raises:
+        ExpertError: it is not finite, or of another number of blocks than the expert.
+    """
+    by_block = _by_block(expert.name, alpha, expert.weights.blocks)
+    return {path: own for path in expert.z if (own := by_block[block_of(path)]) != 0}
 
 
 def _by_block(name: str, alpha: Alpha, blocks: int) -> Sequence[float]:

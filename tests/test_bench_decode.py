@@ -1,13 +1,12 @@
 """What `bench decode` compares with gives the answers that ours gives; what `bench profile` sees adds up."""
 
 import logging
-from itertools import islice
 
 import pytest
 import torch
 
 from t2app.bench.composed import ComposedWeights
-from t2app.bench.decode import answering_ways, decode_figures
+from t2app.bench.decode import answering_ways, decode_figures, new_mixture_figures
 from t2app.bench.generate import generate, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
@@ -142,11 +141,10 @@ def test_profile_prints_shares_that_make_a_whole_step():
     assert figures["base_floor"].value == pytest.approx(read / figures["read_bandwidth"].value)
 
 
-def test_decode_tells_of_a_new_mixture_where_others_have_matrices(model):
-    for mixture in (with_matrices(model, even_mixture(model)), even_mixture(model)):
-        figures = decode_figures(model, DEFAULT_MODEL, mixture, 2, tokens=2, rounds=1)
-        third = "new_both_step" if model.adapted.has_matrices_of(mixture) else "both_over_base"
-        assert [figure.figure for figure in islice(figures, 3)] == ["base_step", "both_step", third]
+def test_decode_tells_what_a_new_mixture_waits_for_where_edits_are_by_matrices(model, tiny):
+    packed = all(layer.packed is not None for layer in model.adapted.layers.values())
+    assert [figure.figure for figure in new_mixture_figures(model)] == ["new_mixture"] * packed
+    assert not list(new_mixture_figures(tiny)), "in fp32 there are none"
 
 
 def test_decode_prints_its_ratios_and_says_what_it_leaves_out(tiny, tiny_folder, mixture, caplog):

@@ -202,27 +202,22 @@ def test_memory_that_is_short_is_not_spent_on_a_merged_expert(merging, monkeypat
     assert all(layer.merged is None for layer in merging.adapted.layers.values())
 
 
-def test_matrices_of_a_mixture_are_made_once_it_was_asked_for_and_nobody_asks_for_more(merging):
-    engine, adapted = Engine(merging), merging.adapted
-    answer(engine, {"math": 0.5, "code": 0.0})
-    mixture = engine._mixture((("math", 0.5),))  # an expert without weight takes no part
-    deadline = time.monotonic() + 60
-    while not adapted.has_matrices_of(mixture) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert adapted.has_matrices_of(mixture)
-
-
-def test_matrices_of_each_expert_are_made_before_a_first_pass_gives_it_the_whole_weight(merging):
+def test_matrices_of_each_expert_are_made_while_nobody_asks_and_a_mixtures_before_its_first_answer(merging):
     engine, adapted = Engine(merging), merging.adapted
     engine.dispatcher(CLASSIFIER)
-    deadline, names = time.monotonic() + 120, {"math", "code", "reasoning"}
-    while names and time.monotonic() < deadline:
-        names = {name for name in names if not adapted.has_matrices_of(engine._mixture(((name, 1.0),)))}
+    deadline = time.monotonic() + 120
+    while not all(map(adapted.has_matrices_of, engine._mixer.alone.values())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not names
-    events = list(engine.answer(SUM, engine.dispatcher(CLASSIFIER), SHORT))
-    decided = tuple((name, weight) for name, weight in events[0].weights.items() if weight)
-    assert decided in {((name, 1.0),) for name in ("math", "code", "reasoning")}
+    decided = next(iter(engine.answer(SUM, engine.dispatcher(CLASSIFIER), SHORT))).weights
+    assert any(engine._mixer.mixture(decided) is deltas for deltas in engine._mixer.alone.values())
+    weights = {"math": 0.5, "code": 0.2, "reasoning": 0.0}
+    mixture = engine._mixer.mixture(weights)
+    events = engine.answer(SUM, engine.dispatcher(MANUAL, weights), SHORT)
+    assert isinstance(next(events), Dispatched) and not adapted.has_matrices_of(mixture)
+    assert isinstance(next(events), Token) and adapted.has_matrices_of(mixture)
+    events.close()
+    first, second = (answer(engine, weights, sampling=Sampling(64))[-1].adapted for _ in range(2))
+    assert first == second
 
 
 def test_classification_expert_is_no_part_of_the_mixture(engine):

@@ -21,17 +21,16 @@ from t2app.kernels.build import (
     has_tiles,
     kernel_folder,
 )
-from t2app.kernels.linear import (
-    MANY_ROWS,
-    FastLinear,
-    Kind,
+from t2app.kernels.edits import (
     MatrixEdit,
     VectorEdit,
     integers_in_order,
     pack_vectors,
     packed_matrix,
     packed_matrix_bytes,
+    sum_of_matrices,
 )
+from t2app.kernels.linear import MANY_ROWS, FastLinear, Kind
 from t2app.kernels.model import use_kernels
 from t2app.key_values import GrowingCache
 from t2app.models import load_model
@@ -349,6 +348,44 @@ def test_matrix_that_is_not_whole_is_refused():
             MatrixEdit(broken, False, slice(0, 1))
 
 
+@pytest.mark.parametrize("narrow", [16, 64, 576])
+@pytest.mark.parametrize("factors", [[1.0], [0.6, -0.3], [0.5, 0.3, 0.0, 2.0]])
+@pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
+def test_edit_by_a_sum_of_matrices_is_as_exact_as_its_roundings(narrow, factors, threads):
+    side, rows = random(3, 1, narrow), slice(0, 3)
+    vectors = torch.linalg.qr(random(narrow, narrow).float()).Q
+    generator = torch.Generator().manual_seed(0)
+    deltas = [1 + torch.randn(narrow, generator=generator) for _ in factors]
+    delta = sum(factor * own for factor, own in zip(factors, deltas, strict=True))
+    exact = edited(side.double(), rows, vectors.double(), delta[None].double())
+    summed = sum_of_matrices([packed_matrix(vectors, own) for own in deltas], factors)
+    found, made = (MatrixEdit(matrix, False, rows)(side) for matrix in (summed, packed_matrix(vectors, delta)))
+    change, error = (exact - side).norm(), (made - exact).norm()
+    assert error < 0.02 * change and (found - exact).norm() < 0.02 * change + error
+
+
+def test_matrices_are_rounded_to_what_fills_their_bytes():
+    matrix = packed_matrix(torch.linalg.qr(random(64, 64).float()).Q, torch.linspace(-1, 1, 64))
+    for packed in (matrix, sum_of_matrices([matrix, matrix], [0.5, 0.25])):
+        assert packed.integers.abs().max() == 127
+    doubled = sum_of_matrices([matrix], [-2.0])
+    entries = [of.integers * of.scales.max() ** 2 for of in (matrix, doubled)]
+    assert torch.allclose(-2 * entries[0], entries[1], atol=0.02 * float(entries[1].abs().max()))
+
+
+def test_sum_of_no_change_changes_nothing():
+    side = random(2, 1, 64)
+    nothing = packed_matrix(torch.eye(64), torch.zeros(64))
+    assert torch.equal(MatrixEdit(sum_of_matrices([nothing] * 2, [1.0, 1.0]), False, slice(0, 2))(side), side)
+
+
+def test_matrices_that_do_not_fit_each_other_are_not_added():
+    small, large = (packed_matrix(torch.eye(narrow), torch.ones(narrow)) for narrow in (48, 64))
+    for broken in (large._replace(integers=small.integers), large._replace(integers=large.integers.float())):
+        with pytest.raises(RuntimeError, match="triangles in int8 were expected, of matrices of the same size"):
+            sum_of_matrices([large, broken], [1.0, 1.0])
+
+
 def test_packed_matrix_takes_what_is_said(real):
     for layer in list(real.adapted.layers.values())[:7]:
         matrix = packed_matrix(layer.vectors, torch.ones(layer.rank))
@@ -625,7 +662,7 @@ def test_products_of_a_cpu_with_less_of_avx512(lacking):
     if lacking not in cpu_instructions():
         pytest.skip("the other tests run on such a CPU, or on a lesser one")
     asked = {"VNNI": "_is_vnni_supported", "bfloat16": "_is_avx512_bf16_supported"}[lacking]
-    names = "linear or company or overflow or small_numbers or no_number or zeros or real_layers or matrix"
+    names = "linear or company or overflow or small_numbers or no_number or zeros or real_layers or matri"
     here = ["-q", "-k", names, "-p", "no:cacheprovider", __file__]
     script = f"import sys, pytest, torch; torch.cpu.{asked} = lambda: False; sys.exit(pytest.main(sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", script, *here], check=True)

@@ -25,7 +25,7 @@ from t2app.experts import mix
 from t2app.families import random_model
 from t2app.gguf_conversion import _GGUFReader
 from t2app.kernels.build import kernel_folder
-from t2app.kernels.linear import pack_vectors
+from t2app.kernels.edits import pack_vectors
 from t2app.kernels.model import use_kernels
 from t2app.machine import fits, memory_bytes
 from t2app.messages import Sampling

@@ -1,4 +1,4 @@
-"""The matrices of mixtures that the app makes while it is idle, on the real model by the kernels."""
+"""The matrices that experts' and mixtures' rows are edited by, on the real model by the kernels."""
 
 from types import SimpleNamespace
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from t2app import machine
 from t2app.bench.edit import _log_probabilities
 from t2app.experts import mix
-from t2app.kernels.linear import MatrixEdit, VectorEdit, edits_fast_by_matrix, has_fast_linears
+from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix, sum_of_matrices
+from t2app.kernels.linear import has_fast_linears
 from t2app.models import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
-from t2app.spectral.model import _KEPT_MATRICES
+from t2app.spectral.model import _KEPT_SUMS
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,20 @@ def model() -> Model:
 @pytest.fixture
 def adapted(model) -> SpectralModel:
     """Of that model, with no matrices yet."""
-    model.adapted._matrices = []
+    model.adapted._made, model.adapted._sums = [], []
     return model.adapted
 
 
 def with_matrices(adapted: SpectralModel, seed: int) -> Deltas:
     deltas = random_deltas(adapted, seed)
     whole(adapted.making_matrices(deltas))
+    return deltas
+
+
+def summed(adapted: SpectralModel, terms: list[tuple[Deltas, float]]) -> Deltas:
+    """A mixture by the sum of these, each times a factor, and their matrices added up where they have theirs."""
+    deltas = {path: sum(factor * term[path] for term, factor in terms) for path in terms[0][0]}
+    whole(adapted.adding_matrices(deltas, [(term, dict.fromkeys(term, factor)) for term, factor in terms]))
     return deltas
 
 
@@ -66,6 +74,9 @@ def test_answers_by_matrices_are_the_adapted_models(real, model, adapted, expert
     assert error < 0.05 * change
 
 
+MIXED = {"math": 0.6, "code": 0.3, "reasoning": 0.1}
+
+
 @torch.no_grad()
 def sides_of(real: Model, prompt: str) -> dict[str, Tensor]:
     """What edits of all layers meet in a prompt, (tokens, narrow) by the layer's path."""
@@ -82,16 +93,19 @@ def sides_of(real: Model, prompt: str) -> dict[str, Tensor]:
     return sides
 
 
-@pytest.mark.parametrize("expert", PROMPTS)
-def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vectors(real, model, adapted, expert):
-    sides, errors = sides_of(real, PROMPTS[expert]), {"vectors": [], "matrices": []}
-    for path, delta in mix(model.experts, {expert: 1.0}).items():
+@pytest.mark.parametrize("weights", [{"math": 1.0}, {"code": 1.0}, {"reasoning": 1.0}, MIXED], ids=str)
+def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vectors(real, model, adapted, weights):
+    sides, errors = sides_of(real, PROMPTS[max(weights, key=weights.get)]), {"vectors": [], "matrices": []}
+    alone = [mix(model.experts, {name: 1.0}) for name in weights]
+    for path, delta in mix(model.experts, weights).items():
         layer, side, vectors = adapted.layers[path], sides[path].bfloat16(), real.adapted.layers[path].vectors
         rows = slice(0, len(side))
         change = side.float() @ vectors.T * delta @ vectors
+        matrices = [layer.packed_matrix(deltas[path]) for deltas in alone]
+        matrix = matrices[0] if len(matrices) == 1 else sum_of_matrices(matrices, list(weights.values()))
         edits = {
             "vectors": VectorEdit(layer.packed, layer.edits_input, rows, delta[None]),
-            "matrices": MatrixEdit(layer.packed_matrix(delta), layer.edits_input, rows),
+            "matrices": MatrixEdit(matrix, layer.edits_input, rows),
         }
         for way, edit in edits.items():
             found = edit(side[:, None])[:, 0].float()
@@ -137,17 +151,38 @@ def test_matrices_are_there_once_all_are_made(adapted):
     assert next_part(adapted.making_matrices(first)) == (True, None), "they were made again"
 
 
-def test_matrices_of_the_mixtures_that_were_used_last_are_kept(adapted):
-    few = [dict(list(random_deltas(adapted, 0).items())[:2]) for _ in range(_KEPT_MATRICES)]
-    for deltas in few:
-        whole(adapted.making_matrices(deltas))
-    adapted.plan([None, few[0]])
-    for _ in few[1:]:
-        whole(adapted.making_matrices(dict(few[0])))
-        assert adapted.has_matrices_of(few[0])
-    assert not any(adapted.has_matrices_of(deltas) for deltas in few[1:])
-    whole(adapted.making_matrices(dict(few[0])))
-    assert not adapted.has_matrices_of(few[0])
+def test_matrices_of_a_mixture_are_added_up_where_all_of_it_have_theirs(adapted):
+    first, second = with_matrices(adapted, 0), random_deltas(adapted, 1)
+    assert not adapted.has_matrices_of(summed(adapted, [(first, 0.5), (second, 0.5)]))
+    whole(adapted.making_matrices(second))
+    mixture = summed(adapted, [(first, 0.5), (second, 0.5)])
+    assert adapted.has_matrices_of(mixture) and edited_by_matrices(adapted, [None, mixture], 1)
+
+
+def test_matrices_of_a_mixture_that_has_an_expert_in_some_layers_are_added_up_there(adapted):
+    first, second = with_matrices(adapted, 0), with_matrices(adapted, 1)
+    *some, last = first
+    factors = [(first, dict.fromkeys(some, 1.0)), (second, {last: 1.0})]
+    mixture = {path: (second if path == last else first)[path] for path in first}
+    whole(adapted.adding_matrices(mixture, factors))
+    matrices = adapted._matrices_of(mixture).by_layer
+    for path in (some[0], last):
+        right = adapted.layers[path].packed_matrix(mixture[path])
+        assert torch.allclose(matrices[path].diagonal, right.diagonal)
+    assert matrices.keys() == first.keys()
+
+
+def test_sums_that_were_used_last_are_kept_and_what_they_are_made_of_always(adapted):
+    few = dict(list(random_deltas(adapted, 0).items())[:2])
+    whole(adapted.making_matrices(few))
+    sums = [summed(adapted, [(few, 0.5)]) for _ in range(_KEPT_SUMS)]
+    adapted.plan([None, sums[0]])
+    for _ in sums[1:]:
+        summed(adapted, [(few, 0.5)])
+        assert adapted.has_matrices_of(sums[0])
+    assert not any(adapted.has_matrices_of(deltas) for deltas in sums[1:])
+    summed(adapted, [(few, 0.5)])
+    assert not adapted.has_matrices_of(sums[0]) and adapted.has_matrices_of(few)
 
 
 def test_memory_that_is_short_is_not_spent_on_matrices(adapted, monkeypatch):

@@ -24,13 +24,16 @@ from t2app.checkpoints import ModelError, gguf_of
 from t2app.decoding import collected, decode
 from t2app.decoding.step_graphs import recorder_for
 from t2app.messages import Sampling
+from t2app.mixer import Mixer
 from t2app.models import Model, load_model
+from t2app.parts import whole
 from t2app.spectral import Deltas
 
 # Answers of so many tokens to the context that it was made with: the token ids of every row.
 Way = Callable[[int], list[list[int]]]
 
 _WARM_UP_TOKENS = 8
+_NEW_MIXTURES = 20
 # Of the times of two ways, the first over the second.
 _RATIOS = {
     "base_over_generate": ("generate", "base"),
@@ -50,9 +53,9 @@ def bench_decode(
     `both_over_base` is what a step with both costs of one without, and `lora_over_generate` what both answers cost of
     one where a LoRA gives the second. The other ratios tell how many times faster ours is than what stands after
     `over`, to the same context and of as many tokens. All ways take turns, so that a slow moment of the machine meets
-    each. `new_both_…` is with a mixture whose matrices are not made yet, which the app does in the first idle moment
-    after it was asked for. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. `…_read` is what a token reads
-    of weights; llama.cpp answers from the file as it is quantised, and as bf16.
+    each. `new_mixture` is what an answer by a mixture that was not asked for before waits for its matrices, where edits
+    are by these. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. `…_read` is what a token reads of
+    weights; llama.cpp answers from the file as it is quantised, and as bf16.
 
     Args:
         steps: how many are measured; tokens: of an answer; rounds: in how many every way answers once.
@@ -61,8 +64,22 @@ def bench_decode(
         ValueError: the model has no expert to measure with.
     """
     model = load_model(model_name, precision)
+    yield from new_mixture_figures(model)
     mixture = with_matrices(model, even_mixture(model))
     yield from decode_figures(model, model_name, mixture, steps, tokens, rounds)
+
+
+def new_mixture_figures(model: Model) -> Iterator[Figure]:
+    """How long matrices are added up to those of another mixture of all experts, where these have theirs."""
+    mixer, times = Mixer(model.experts, model.adapted), []
+    whole(mixer.making_matrices())
+    for number in range(1 + _NEW_MIXTURES):
+        weights = {expert.name: 1 / (2 + number) for expert in model.experts}
+        mixture = mixer.mixture(weights)
+        times.append(seconds(lambda new=mixture, of=weights: whole(mixer.adding_matrices(new, of))))
+        if not model.adapted.has_matrices_of(mixture):
+            return
+    yield figure_of("decode", "new_mixture", [1e3 * value for value in times[1:]], "ms")
 
 
 def decode_figures(
@@ -70,8 +87,6 @@ def decode_figures(
 ) -> Iterator[Figure]:
     """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
     rows = {"base": [None], "both": [None, mixture]}
-    if model.adapted.has_matrices_of(mixture):
-        rows["new_both"] = [None, dict(mixture)]  # to the model, another one
     streams = {f"{name}_step": stepper(model, mixtures, 2 * steps) for name, mixtures in rows.items()}
     if recorder_for(model.adapted) is not None:
         for name, mixtures in rows.items():
@@ -79,10 +94,8 @@ def decode_figures(
     times = in_turns({name: partial(step_seconds, step) for name, step in streams.items()}, steps)
     for name, values in times.items():
         yield figure_of("decode", name, [1e3 * value for value in values], "ms")
-    for name in rows:
-        if name != "base":
-            pairs = zip(times[f"{name}_step"], times["base_step"], strict=True)
-            yield figure_of("decode", f"{name}_over_base", [both / base for both, base in pairs], "ratio")
+    pairs = zip(times["both_step"], times["base_step"], strict=True)
+    yield figure_of("decode", "both_over_base", [both / base for both, base in pairs], "ratio")
     if model.precision == FOUR_BIT:
         logging.getLogger(__name__).warning(
             "whole answers are not compared: in 4-bit no W' can be written into the weights; give --precision bf16"

@@ -10,20 +10,17 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.linear import (
-    EditedLayer,
-    FastLinear,
+from t2app.kernels.edits import (
     MatrixEdit,
     PackedMatrix,
     RowEdit,
     VectorEdit,
-    edits_fast,
     edits_fast_by_matrix,
     integers_in_order,
-    needs_gradient,
     pack_vectors,
     packed_matrix,
 )
+from t2app.kernels.linear import EditedLayer, FastLinear, edits_fast, needs_gradient
 from t2app.spectral.basis import Basis
 from t2app.spectral.plan import PlanInUse, RowDeltas
 from t2app.spectral.products import edited, has_products_of_many_rows

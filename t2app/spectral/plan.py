@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from t2app.kernels.linear import FastLinear, PackedMatrix, RowEdit
+from t2app.kernels.edits import PackedMatrix, RowEdit
+from t2app.kernels.linear import FastLinear
 
 if TYPE_CHECKING:
     from t2app.spectral.edit_matrix import EditMatrix

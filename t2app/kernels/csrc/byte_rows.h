@@ -14,7 +14,7 @@
 
 namespace t2app {
 
-// What the length of a singular vector divides by (`_BYTES_WIDTH` in linear.py): the most bytes that any CPU multiplies
+// What the length of a singular vector divides by (`_BYTES_WIDTH` in edits.py): the most bytes that any CPU multiplies
 // together.
 constexpr int64_t kBytesWidth = 64;
 

@@ -8,6 +8,7 @@
 #include "layer.h"
 #include "linear.h"
 #include "matrix_edit.h"
+#include "matrix_packing.h"
 #include "tensors.h"
 #include "vector_edit.h"
 
@@ -99,6 +100,8 @@ STABLE_TORCH_LIBRARY(t2app, library) {
       "make_vector_edit(Tensor vectors, Tensor scales, Tensor delta, bool edits_input, int first, int edited) -> Tensor");
   library.def(
       "make_matrix_edit(Tensor integers, Tensor scales, Tensor diagonal, bool edits_input, int first, int edited) -> Tensor");
+  library.def("sum_triangles(Tensor[] integers, Tensor scales, Tensor factors) -> Tensor");
+  library.def("pack_triangle(Tensor triangle, int narrow) -> (Tensor, Tensor)");
   library.def(
       "make_decoder(Tensor[] layers, Tensor?[] edits, Tensor[] norms, float epsilon, int head_size, float scale) -> Tensor");
   library.def("multiply(Tensor layer, Tensor x, Tensor? edit) -> Tensor");
@@ -113,6 +116,8 @@ STABLE_TORCH_LIBRARY_IMPL(t2app, CPU, library) {
   library.impl("make_layer", TORCH_BOX(&t2app::make_layer));
   library.impl("make_vector_edit", TORCH_BOX(&t2app::make_vector_edit));
   library.impl("make_matrix_edit", TORCH_BOX(&t2app::make_matrix_edit));
+  library.impl("sum_triangles", TORCH_BOX(&t2app::sum_of_triangles));
+  library.impl("pack_triangle", TORCH_BOX(&t2app::packed_triangle));
   library.impl("make_decoder", TORCH_BOX(&t2app::make_decoder));
   library.impl("multiply", TORCH_BOX(&t2app::multiply));
   library.impl("edit_side", TORCH_BOX(&t2app::edit_side));

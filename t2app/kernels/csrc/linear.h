@@ -2,23 +2,15 @@
 
 #pragma once
 
-#include <algorithm>
-
 #ifdef __AVX512BF16__
 #include "dot_rows.h"
 #endif
 #include "job.h"
 #include "layer.h"
-#include "scratch.h"
+#include "share.h"
 #include "widened_rows.h"
 
 namespace t2app {
-
-// Below this many weights a second thread costs more than it does.
-constexpr int64_t kWeightsPerThread = 1 << 14;
-inline int64_t threads_for(int64_t weights) {
-  return std::clamp<int64_t>(weights / kWeightsPerThread, 1, omp_get_max_threads());
-}
 
 inline std::unique_ptr<Job> job_of(const EditedLayer& edited, const Tokens& x, int64_t threads, uint16_t* y) {
 #ifdef __AVX512BF16__

@@ -5,15 +5,13 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "byte_rows.h"
 #include "row_edit.h"
 #include "scratch.h"
-#include "share.h"
+#include "triangle.h"
 
 namespace t2app {
 
@@ -30,13 +28,12 @@ class MatrixEdit : public RowEdit {
   // E = diag(diagonal) + diag(scales) · integers · diag(scales), with no diagonal in the integers, its rows and columns in
   // even-first order. scales, diagonal (narrow,) in float32.
   //
-  // integers in int8, from −127 on, of the lower triangle by blocks of 16 rows: for each its columns up to the
-  // diagonal's 16, four together, (4 · (block + 1), 16, 4).
+  // integers in int8, from −127 on, of the lower triangle, in the order of `triangle.h`.
   MatrixEdit(const Tensor& integers, const Tensor& scales, const Tensor& diagonal, bool edits_input, int64_t first,
              int64_t edited)
       : RowEdit(scales.numel(), edits_input, first, edited), integers_(integers), scales_(scales), diagonal_(diagonal) {
     STD_TORCH_CHECK(narrow > 0 && narrow % kBlock == 0 && integers.is_contiguous() &&
-                        integers.scalar_type() == ScalarType::Char && integers.numel() == bytes_before(all_blocks()),
+                        integers.scalar_type() == ScalarType::Char && integers.numel() == entries_before(all_blocks()),
                     "the lower triangle of a matrix of ", kBlock, "·n in int8 was expected");
     for (const Tensor& of_rows : {scales, diagonal}) {
       STD_TORCH_CHECK(of_rows.scalar_type() == ScalarType::Float && of_rows.is_contiguous() && of_rows.numel() == narrow,
@@ -45,13 +42,13 @@ class MatrixEdit : public RowEdit {
   }
 
   Stretch reads() const override {
-    const Share blocks = share();
-    return {integers() + bytes_before(blocks.begin), bytes_before(blocks.end) - bytes_before(blocks.begin)};
+    const Share blocks = share_of_triangle(all_blocks());
+    return {integers() + entries_before(blocks.begin), entries_before(blocks.end) - entries_before(blocks.begin)};
   }
 
   void compute(const EditedTokens& tokens, const SideOf& side, const Ahead& ahead, float* change) const override {
     const float *scales = scales_.const_data_ptr<float>(), *diagonal = diagonal_.const_data_ptr<float>();
-    const Share blocks = share();
+    const Share blocks = share_of_triangle(all_blocks());
     ByteRows rows(tokens.count, narrow);
     Scratch<float> scaled(narrow);
     for (int64_t token = 0; token < tokens.count; ++token) {
@@ -76,17 +73,6 @@ class MatrixEdit : public RowEdit {
 
   int64_t all_blocks() const { return narrow / kBlock; }
   const int8_t* integers() const { return integers_.const_data_ptr<int8_t>(); }
-  static int64_t bytes_before(int64_t block) { return kBlock * kBlock * block * (block + 1) / 2; }
-
-  // This thread's blocks of rows, with as many bytes as another's.
-  Share share() const {
-    const auto until = [&](int64_t threads) {
-      int64_t block = 0;
-      while (bytes_before(block) * omp_get_num_threads() < bytes_before(all_blocks()) * threads) ++block;
-      return block;
-    };
-    return {until(omp_get_thread_num()), until(omp_get_thread_num() + 1)};
-  }
 
   // What the blocks of rows from begin to end give R tokens from `first` on, added to their change; left of the
   // diagonal's block their columns are rows of E too.
@@ -105,7 +91,7 @@ class MatrixEdit : public RowEdit {
       for (int64_t block = 0; block < begin; ++block) too_much[r] += offset_of(bytes[r] + block * kBlock);
     }
     for (int64_t block = begin; block < end; ++block) {
-      const int8_t* entries = integers() + bytes_before(block);
+      const int8_t* entries = integers() + entries_before(block);
       const int64_t left = block * kBlock;
       OfBytes::Register coefficients[R * kOfFour];
       for (int r = 0; r < R; ++r) repeat_fours(bytes[r] + left, coefficients + r * kOfFour);

@@ -1,4 +1,4 @@
-// What each thread takes of what all of them do.
+// How many threads there are, and what each takes of what all of them do.
 
 #pragma once
 
@@ -8,6 +8,12 @@
 #include <cstdint>
 
 namespace t2app {
+
+// Below this many weights a second thread costs more than it does.
+constexpr int64_t kWeightsPerThread = 1 << 14;
+inline int64_t threads_for(int64_t weights) {
+  return std::clamp<int64_t>(weights / kWeightsPerThread, 1, omp_get_max_threads());
+}
 
 // This thread's share of `count` things.
 struct Share {

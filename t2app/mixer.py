@@ -1,0 +1,57 @@
+"""The mixtures of a model's experts that it is asked for, and the matrices by which their rows are edited.
+
+A mixture is z' − 1 = Σ αₖ (zₖ − 1), and so its matrix V diag(z' − 1) Vᵀ is the same sum of its experts' matrices. Those
+are made while nobody asks for anything; a mixture then has its own before its first answer, which is as fast and, on
+the same machine, the same as all that follow.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from t2app.experts import Alpha, Expert, alphas_by_path, mix
+from t2app.parts import Parts
+from t2app.spectral import Deltas, SpectralModel
+
+# Mixtures that were used last and are not made anew.
+_KEPT_MIXTURES = 16
+
+
+class Mixer:
+    """Mixes a model's experts; a mixture that was used lately is the same object again, by which it is known.
+
+    Attributes:
+        alone: the mixture of each expert alone with α = 1, by the expert's name.
+    """
+
+    def __init__(self, experts: Sequence[Expert], adapted: SpectralModel):
+        self._experts = {expert.name: expert for expert in experts}
+        self._adapted = adapted
+        self.alone = {name: mix([expert], {name: 1.0}) for name, expert in self._experts.items()}
+        self._kept = lru_cache(_KEPT_MIXTURES)(self._mix)
+
+    def mixture(self, weights: Mapping[str, Alpha]) -> Deltas | None:
+        """See `mix`."""
+        return self._kept(_frozen(weights))
+
+    def making_matrices(self) -> Parts[None]:
+        """Make those of each expert, of which all others are sums."""
+        for deltas in self.alone.values():
+            yield from self._adapted.making_matrices(deltas)
+
+    def adding_matrices(self, mixture: Deltas | None, weights: Mapping[str, Alpha]) -> Parts[None]:
+        """Make those of what `mixture` gave for these weights, where its experts have theirs."""
+        if mixture is not None:
+            terms = [(self.alone[name], alphas_by_path(self._experts[name], own)) for name, own in _frozen(weights)]
+            yield from self._adapted.adding_matrices(mixture, terms)
+
+    def _mix(self, weights: tuple[tuple[str, Alpha], ...]) -> Deltas | None:
+        for name, deltas in self.alone.items():
+            if weights == ((name, 1.0),):
+                return deltas
+        return mix(self._experts.values(), dict(weights))
+
+
+def _frozen(weights: Mapping[str, Alpha]) -> tuple[tuple[str, Alpha], ...]:
+    """Weights as a key to look a mixture up by, without those who take no part, in whichever order they come."""
+    frozen = ((name, tuple(alpha) if isinstance(alpha, Sequence) else alpha) for name, alpha in weights.items())
+    return tuple(sorted((name, alpha) for name, alpha in frozen if alpha != 0))
