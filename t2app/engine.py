@@ -45,6 +45,9 @@ class PromptError(ValueError):
 class Engine:
     """Answers prompts with one model, those of many callers at a time: their answers are rows of one batch.
 
+    Attributes:
+        mixer: of the model's experts; None once the engine is closed.
+
     Args:
         limits: of what is decoded at a time, by default those of `Limits`; callers beyond them wait.
     """
@@ -53,7 +56,7 @@ class Engine:
         self._model: Model | None = model
         self._dispatchers: dict[str, Dispatcher] = {}
         self._scheduler = Scheduler(model.adapted, model.eos_ids, limits or Limits(), model.beginning())
-        self._mixer: Mixer | None = Mixer(model.experts, model.adapted)
+        self.mixer: Mixer | None = Mixer(model.experts, model.adapted)
 
     @property
     def model(self) -> Model:
@@ -65,7 +68,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the model once all callers that are there have left; those who come now get an EngineError."""
         self._scheduler.close()
-        self._model = self._mixer = None
+        self._model = self.mixer = None
         self._dispatchers.clear()
         free_memory()
 
@@ -83,7 +86,7 @@ class Engine:
         if name not in self._dispatchers:
             self._dispatchers[name] = dispatcher = make_dispatcher(name, self.model)
             self._scheduler.when_idle(dispatcher.speeding_up())
-            self._scheduler.when_idle(self._mixer.making_matrices())
+            self._scheduler.when_idle(self.mixer.making_matrices())
 
     def answer(
         self,
@@ -118,7 +121,7 @@ class Engine:
         )
         with self._scheduler.caller(user) as caller:
             decision, seconds = yield from caller.run_in_parts(_timed(dispatcher.deciding(prompt)))
-            mixture = self._mixer.mixture(decision.weights)
+            mixture = self.mixer.mixture(decision.weights)
             yield Dispatched(
                 decision.label,
                 {name: share(alpha) for name, alpha in decision.weights.items()},
@@ -128,7 +131,7 @@ class Engine:
                 mean_changes(mixture),
                 decision.trace,
             )
-            yield from caller.run_in_parts(self._mixer.adding_matrices(mixture, decision.weights))
+            yield from caller.run_in_parts(self.mixer.adding_matrices(mixture, decision.weights))
             yield from self._second_pass(caller, ids, picture, mixture, sampling)
 
     def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Reevaluated | Waiting]:

@@ -1,8 +1,8 @@
 """The mixtures of a model's experts that it is asked for, and the matrices by which their rows are edited.
 
 A mixture is z' − 1 = Σ αₖ (zₖ − 1), and so its matrix V diag(z' − 1) Vᵀ is the same sum of its experts' matrices. Those
-are made while nobody asks for anything; a mixture then has its own before its first answer, which is as fast and, on
-the same machine, the same as all that follow.
+are made while nobody asks for anything; a mixture then has its own before its first answer, which is as fast as those
+that follow it and, since it is rounded as they are, the same.
 """
 
 from collections.abc import Mapping, Sequence

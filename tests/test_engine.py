@@ -2,6 +2,7 @@
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from t2app.dispatch.wordings import CALIBRATIONS
 from t2app.engine import Engine, PromptError
 from t2app.evaluation import confusion_table, evaluate_dispatch
 from t2app.experts import Expert, ExpertError, mix
+from t2app.kernels.build import has_bfloat16_arithmetic, has_tiles
 from t2app.kernels.linear import has_fast_linears
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT, PROMPT_SOFT, Dispatched, Finished, Sampling, Token, as_json
 from t2app.models import Model, load_model
@@ -206,18 +208,35 @@ def test_matrices_of_each_expert_are_made_while_nobody_asks_and_a_mixtures_befor
     engine, adapted = Engine(merging), merging.adapted
     engine.dispatcher(CLASSIFIER)
     deadline = time.monotonic() + 120
-    while not all(map(adapted.has_matrices_of, engine._mixer.alone.values())) and time.monotonic() < deadline:
+    while not all(map(adapted.has_matrices_of, engine.mixer.alone.values())) and time.monotonic() < deadline:
         time.sleep(0.05)
     decided = next(iter(engine.answer(SUM, engine.dispatcher(CLASSIFIER), SHORT))).weights
-    assert any(engine._mixer.mixture(decided) is deltas for deltas in engine._mixer.alone.values())
+    assert any(engine.mixer.mixture(decided) is deltas for deltas in engine.mixer.alone.values())
     weights = {"math": 0.5, "code": 0.2, "reasoning": 0.0}
-    mixture = engine._mixer.mixture(weights)
+    mixture = engine.mixer.mixture(weights)
     events = engine.answer(SUM, engine.dispatcher(MANUAL, weights), SHORT)
     assert isinstance(next(events), Dispatched) and not adapted.has_matrices_of(mixture)
     assert isinstance(next(events), Token) and adapted.has_matrices_of(mixture)
     events.close()
     first, second = (answer(engine, weights, sampling=Sampling(64))[-1].adapted for _ in range(2))
     assert first == second
+
+
+@pytest.mark.skipif(not has_bfloat16_arithmetic() or has_tiles(), reason="this CPU takes another kernel for many rows")
+def test_answers_in_company_are_those_alone(merging):
+    engine = Engine(merging)
+    whole(engine.mixer.making_matrices())
+    prompts = [prompt for prompt, _ in labelled_prompts("train")[::80]][:5]
+
+    def asked(prompt: str) -> Finished:
+        return answer(engine, {"math": 1.0}, prompt, Sampling(64))[-1]
+
+    alone = [asked(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        together = list(threads.map(asked, prompts))
+    assert len({len(engine.model.prompt_ids(prompt)) for prompt in prompts}) > 2
+    for own, in_company in zip(alone, together, strict=True):
+        assert (own.base, own.adapted) == (in_company.base, in_company.adapted)
 
 
 def test_classification_expert_is_no_part_of_the_mixture(engine):

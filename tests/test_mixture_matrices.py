@@ -9,9 +9,11 @@ from torch import Tensor
 
 from t2app import machine
 from t2app.bench.edit import _log_probabilities
+from t2app.decoding import collected, decode
 from t2app.experts import mix
 from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix, sum_of_matrices
 from t2app.kernels.linear import has_fast_linears
+from t2app.messages import Sampling
 from t2app.models import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
@@ -112,6 +114,16 @@ def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vecto
             errors[way].append((found - (side.float() + change)).norm() / change.norm())
     mean = {way: sum(values) / len(values) for way, values in errors.items()}
     assert mean["matrices"] < mean["vectors"] < 0.1
+
+
+def test_base_answer_does_not_depend_on_the_answer_beside_it(model):
+    ids = model.prompt_ids("Compute 12 + 7 * 3.")
+    answers, sampling = set(), Sampling(96)
+    for mixture in (None, mix(model.experts, {"math": 1.0}), mix(model.experts, {"code": 0.5})):
+        base, _ = collected(decode(model.adapted, [ids] * 2, [None, mixture], sampling, model.eos_ids))
+        answers.add(tuple(base))
+    answers.add(tuple(*collected(decode(model.adapted, [ids], [None], sampling, model.eos_ids))))
+    assert len(answers) == 1 and len(answers.pop()) > 64
 
 
 @torch.no_grad()

@@ -62,12 +62,19 @@ def page(url: str, browser: Browser) -> Iterator[Page]:
 
 def ask(page: Page, prompt: str) -> None:
     page.get_by_label("Prompt", exact=True).fill(prompt)
-    # The button is disabled from the server's first word on: until then the page looks as if all were finished.
+    watch_for_beginning(page)
+    page.locator("#answer").click()
+
+
+def watch_for_beginning(page: Page) -> None:
+    """Have the page know in `window.begun` whether an answer was begun, which `wait_until_finished` waits for.
+
+    The button is disabled from the server's first word on: until then the page looks as if all were finished.
+    """
     page.evaluate(
         "(() => { const button = document.querySelector('#answer'); window.begun = false;"
         " new MutationObserver(() => { window.begun ||= button.disabled; }).observe(button, {attributes: true}); })()"
     )
-    page.locator("#answer").click()
 
 
 def text(page: Page, stream: str) -> str:
@@ -143,6 +150,49 @@ def test_moved_slider_decides_the_weights_until_they_are_given_back(page):
     expect(page.locator("#status")).to_contain_text("Detected task")
     wait_until_finished(page)
     assert {name: weight for name, weight in drawn_weights(page).items() if weight} == {"math": 1}
+
+
+def drag(page: Page, expert: str, weight: float) -> None:
+    """Move an expert's slider by the mouse, and let go of it."""
+    slider = page.locator(f"#weight-{expert} input[type=range]")
+    slider.scroll_into_view_if_needed()
+    watch_for_beginning(page)
+    box = slider.bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + weight * box["width"], box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+
+
+def test_prompt_is_answered_again_once_a_slider_is_let_go_of(page):
+    ask(page, "What is 19 minus 13? Answer with just the number.")
+    wait_until_finished(page)
+    by_the_expert, base = text(page, "adapted"), text(page, "base")
+    assert by_the_expert.endswith("= 6") and not base.endswith("= 6")
+    for weight, answer in ((0, base), (1, by_the_expert)):
+        drag(page, "math", weight)
+        wait_until_finished(page)
+        expect(page.locator("#status")).to_contain_text("Weights set by hand")
+        assert (text(page, "adapted"), text(page, "base")) == (answer, base)
+    assert {name: weight for name, weight in drawn_weights(page).items() if weight} == {"math": 1}
+
+
+def test_slider_that_is_let_go_of_ends_the_answer_that_is_being_written(page):
+    set_setting(page, "number input for Max new tokens", "1024")
+    ask(page, LONG)
+    expect(page.locator("#base-statistics")).to_contain_text("tokens/s")
+    drag(page, "code", 0.5)
+    expect(page.locator("#status")).to_contain_text("Weights set by hand")
+    expect(page.locator("#weight-code input[type=number]")).not_to_have_value("0")
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_contain_text("Stopped")
+
+
+def test_slider_that_is_let_go_of_without_a_prompt_changes_nothing(page):
+    drag(page, "math", 0.5)
+    page.wait_for_timeout(1500)
+    expect(page.locator("#status")).to_have_text("Ready.")
+    expect(page.locator("#answer")).to_be_enabled()
 
 
 def test_stop_ends_the_answer_and_the_next_prompt_is_answered_at_once(page):

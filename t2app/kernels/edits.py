@@ -126,14 +126,15 @@ def packed_matrix(vectors: Tensor, delta: Tensor) -> PackedMatrix:
 
 
 def sum_of_matrices(matrices: Sequence[PackedMatrix], factors: Sequence[float]) -> PackedMatrix:
-    """The matrix of Σ factor · (z − 1), of the matrices of each z: it takes a twentieth of what `packed_matrix` does.
+    """The matrix of Σ factor · (z − 1) out of those of each z, which takes reading them in place of a product.
 
     An entry is off by its own rounding, and by those of the matrices, each times its factor.
     """
-    scales, diagonals = (torch.stack(list(of_all)) for of_all in zip(*(matrix[1:] for matrix in matrices), strict=True))
     factors = torch.tensor(factors, dtype=torch.float32)
+    scales = torch.stack([matrix.scales for matrix in matrices])  # (matrices, narrow)
     triangle = torch.ops.t2app.sum_triangles([matrix.integers for matrix in matrices], scales, factors)
-    return PackedMatrix(*torch.ops.t2app.pack_triangle(triangle, scales.shape[1]), factors @ diagonals)
+    diagonal = factors @ torch.stack([matrix.diagonal for matrix in matrices])
+    return PackedMatrix(*torch.ops.t2app.pack_triangle(triangle, len(diagonal)), diagonal)
 
 
 def packed_matrix_bytes(narrow: int) -> int:

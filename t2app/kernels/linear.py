@@ -27,10 +27,10 @@ class Kind(IntEnum):
     TILES = 2
 
 
-# Up to how many rows the first kernel is the fastest that there is: beside tiles, where bfloat16 is multiplied as it is
-# without them, and where it is not. Up to how many the second one is beside tiles. And up to how many the kernels are.
-# All by `bench products`.
-_FEW_ROWS_BESIDE_TILES, _FEW_ROWS_BESIDE_BFLOAT16, _FEW_ROWS = 0, 1, 4
+# Up to how many rows the first kernel is the fastest that there is, where bfloat16 is not multiplied as it is; where it
+# is, the second one reads a single row as fast, and rounds it as it does in company. Up to how many the second one is
+# beside tiles. And up to how many the kernels are. All by `bench products`.
+_FEW_ROWS = 4
 _MANY_ROWS_BESIDE_TILES = 2
 MANY_ROWS = 256
 # What rows divide by where bfloat16 is multiplied as it is.
@@ -132,10 +132,7 @@ def _fastest_kernel(tokens: int, length: int) -> Kind | None:
         return None
     as_it_is = has_bfloat16_arithmetic() and not length % _BFLOAT16_WIDTH
     tiles = as_it_is and has_tiles()
-    few_rows = _FEW_ROWS
-    if as_it_is:
-        few_rows = _FEW_ROWS_BESIDE_TILES if tiles else _FEW_ROWS_BESIDE_BFLOAT16
-    if tokens <= few_rows:
+    if tokens <= _FEW_ROWS and not as_it_is:
         return Kind.FEW
     if tiles and tokens > _MANY_ROWS_BESIDE_TILES:
         return Kind.TILES

@@ -1,7 +1,7 @@
 """The tab that answers a prompt: layout first, top to bottom as a person sees it, then the wiring.
 
 Which dispatch decides is the choice in the settings, and nowhere else: moving a slider chooses `manual`, the button
-under the sliders gives the choice back.
+under the sliders gives the choice back. Once a slider is let go of, the prompt is answered again.
 """
 
 import json
@@ -47,6 +47,17 @@ MAX_PROMPT_CHARACTERS = 20_000
 _UPDATE_SECONDS = 0.1
 # Each holds one of the 40 threads that Gradio has for all that the page does, whether it is answered or waits.
 _ANSWERS_AT_A_TIME = 32
+# The JavaScript of a handler that has the prompt answered anew, if there is one, as a person would: by the buttons. It
+# waits, in milliseconds, until the slider's weight is known to the page, or until Gradio (6.31) has let go of what it
+# stopped: an answer that is begun sooner ends with the former one.
+_PRESS_AGAIN = """(prompt) => {
+  const [answer, stop] = ["#answer", "#stop"].map((button) => document.querySelector(button));
+  const press = (wait) => setTimeout(() => (answer.disabled ? press(wait) : answer.click()), wait);
+  if (!prompt.trim()) return;
+  const wait = stop.disabled ? 100 : 500;
+  if (!stop.disabled) stop.click();
+  press(wait);
+}"""
 _DISPATCH_TITLES = {
     CLASSIFIER: "Classifier: an expert trained for it names the category",
     PROMPT: "Prompt: the base model names the category",
@@ -125,6 +136,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
             gr.Markdown("### Base model")
             base = gr.Markdown(elem_id="base", buttons=["copy"], line_breaks=True)
             base_statistics = gr.Markdown(elem_id="base-statistics")
+    gr.Markdown("### Mix them yourself\nDrag a weight, and the prompt is answered again with it.")
     with gr.Group():
         sliders = {
             name: gr.Slider(
@@ -187,6 +199,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     # Chosen in the browser: a prompt sent right after a slider was moved would be on its way before a server's reply.
     for slider in sliders.values():
         slider.input(js=_constant(MANUAL), outputs=dispatch)
+        slider.release(js=_PRESS_AGAIN, inputs=prompt)
     give_back.click(js=_constant(DEFAULT_DISPATCH), outputs=dispatch)
     return AnswerTab(picture_place, status, facts, dispatch, bars, sliders, answers)
 
@@ -222,7 +235,7 @@ def _answer(
     Args:
         settings: longest answer in tokens, temperature, top-p and seed, as the page has them.
     """
-    page = _AnswerView(experts)
+    page = _AnswerView(experts, moves_sliders=dispatch != MANUAL)
     try:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
@@ -246,10 +259,15 @@ def _answer(
 
 
 class _AnswerView:
-    """What the page shows of an answer so far; each method returns the updates of one moment, in the outputs' order."""
+    """What the page shows of an answer so far; each method returns the updates of one moment, in the outputs' order.
 
-    def __init__(self, experts: Sequence[str]):
-        self._experts = experts
+    Args:
+        experts: whose sliders there are.
+        moves_sliders: show the weights there too; else somebody has a slider in hand.
+    """
+
+    def __init__(self, experts: Sequence[str], moves_sliders: bool = True):
+        self._experts, self._moves_sliders = experts, moves_sliders
         self._texts = {"adapted": "", "base": ""}
         self._status = ""
         self._waiting = False
@@ -295,7 +313,7 @@ class _AnswerView:
             bars=mixture_bars(event.weights),
             reasons=_reasons(event),
             changes=change_map(event.changes),
-            weights=event.weights,
+            weights=event.weights if self._moves_sliders else None,
             **cleared,
         )
 

@@ -82,9 +82,6 @@ inline void softmax(float* scores, int64_t tokens, float scale, const bool* seen
   for (t = 0; t < tokens; ++t) scores[t] /= total;
 }
 
-// Of the tokens that a row is padded with, as many as leave the others in their lanes, and so their sums as they are.
-inline int64_t whole_lanes(int64_t tokens) { return tokens - tokens % kLanes; }
-
 // Groups of one size, in float32.
 class WideAttention {
  public:
@@ -181,7 +178,8 @@ inline void one_token_attention(const Heads& queries, const Heads& keys, const H
   const auto group_of = [&](int64_t task) {
     const int64_t row = task / key_heads, head = task % key_heads;
     const bool* of_row = seen.of_row(row);
-    const int64_t padding = of_row == nullptr ? 0 : whole_lanes(std::find(of_row, of_row + keys.tokens, true) - of_row);
+    // What a row is padded with is left out, so that its sums do not depend on how long the others of its batch are.
+    const int64_t padding = of_row == nullptr ? 0 : std::find(of_row, of_row + keys.tokens, true) - of_row;
     return Group{
         .queries = queries.at(row, head * count, 0),
         .keys = keys.at(row, head, padding),
