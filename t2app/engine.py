@@ -131,7 +131,7 @@ class Engine:
                 mean_changes(mixture),
                 decision.trace,
             )
-            yield from caller.run_in_parts(self.mixer.adding_matrices(mixture, decision.weights))
+            yield from caller.run_in_parts(self.mixer.making_matrices_of(mixture, decision.weights))
             yield from self._second_pass(caller, ids, picture, mixture, sampling)
 
     def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Reevaluated | Waiting]:

@@ -1,8 +1,8 @@
 """The mixtures of a model's experts that it is asked for, and the matrices by which their rows are edited.
 
 A mixture is z' − 1 = Σ αₖ (zₖ − 1), and so its matrix V diag(z' − 1) Vᵀ is the same sum of its experts' matrices. Those
-are made while nobody asks for anything; a mixture then has its own before its first answer, which is as fast as those
-that follow it and, since it is rounded as they are, the same.
+are made while nobody asks for anything, or once they are asked for; a mixture then has its own before its first answer,
+which is as fast as those that follow it and, since it is rounded as they are, the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,8 @@ from t2app.spectral import Deltas, SpectralModel
 
 # Mixtures that were used last and are not made anew.
 _KEPT_MIXTURES = 16
+# An expert whose matrices take more multiplications than that is not waited for: for less, two cores take a second.
+_MOST_MULTIPLICATIONS = 10**11
 
 
 class Mixer:
@@ -34,15 +36,19 @@ class Mixer:
         return self._kept(_frozen(weights))
 
     def making_matrices(self) -> Parts[None]:
-        """Make those of each expert, of which all others are sums."""
+        """Have each expert have its own, of which all others are sums."""
         for deltas in self.alone.values():
             yield from self._adapted.making_matrices(deltas)
 
-    def adding_matrices(self, mixture: Deltas | None, weights: Mapping[str, Alpha]) -> Parts[None]:
-        """Make those of what `mixture` gave for these weights, where its experts have theirs."""
-        if mixture is not None:
-            terms = [(self.alone[name], alphas_by_path(self._experts[name], own)) for name, own in _frozen(weights)]
-            yield from self._adapted.adding_matrices(mixture, terms)
+    def making_matrices_of(self, mixture: Deltas | None, weights: Mapping[str, Alpha]) -> Parts[None]:
+        """Have what `mixture` gave for these weights have its own, unless a large model's experts have none yet."""
+        if mixture is None:
+            return
+        terms = [(self.alone[name], alphas_by_path(self._experts[name], own)) for name, own in _frozen(weights)]
+        if sum(layer.rank**3 for layer in self._adapted.layers.values()) <= _MOST_MULTIPLICATIONS:
+            for expert, _ in terms:
+                yield from self._adapted.making_matrices(expert)
+        yield from self._adapted.adding_matrices(mixture, terms)
 
     def _mix(self, weights: tuple[tuple[str, Alpha], ...]) -> Deltas | None:
         for name, deltas in self.alone.items():

@@ -204,7 +204,7 @@ def test_memory_that_is_short_is_not_spent_on_a_merged_expert(merging, monkeypat
     assert all(layer.merged is None for layer in merging.adapted.layers.values())
 
 
-def test_matrices_of_each_expert_are_made_while_nobody_asks_and_a_mixtures_before_its_first_answer(merging):
+def test_matrices_of_each_expert_are_made_while_nobody_asks(merging):
     engine, adapted = Engine(merging), merging.adapted
     engine.dispatcher(CLASSIFIER)
     deadline = time.monotonic() + 120
@@ -212,14 +212,25 @@ def test_matrices_of_each_expert_are_made_while_nobody_asks_and_a_mixtures_befor
         time.sleep(0.05)
     decided = next(iter(engine.answer(SUM, engine.dispatcher(CLASSIFIER), SHORT))).weights
     assert any(engine.mixer.mixture(decided) is deltas for deltas in engine.mixer.alone.values())
-    weights = {"math": 0.5, "code": 0.2, "reasoning": 0.0}
-    mixture = engine.mixer.mixture(weights)
-    events = engine.answer(SUM, engine.dispatcher(MANUAL, weights), SHORT)
-    assert isinstance(next(events), Dispatched) and not adapted.has_matrices_of(mixture)
-    assert isinstance(next(events), Token) and adapted.has_matrices_of(mixture)
-    events.close()
-    first, second = (answer(engine, weights, sampling=Sampling(64))[-1].adapted for _ in range(2))
-    assert first == second
+
+
+def test_mixture_has_its_matrices_before_its_first_answer_which_is_then_given_again(merging):
+    engine, weights = Engine(merging), {"math": 0.5, "code": 0.2, "reasoning": 0.0}
+    mixture, experts = engine.mixer.mixture(weights), engine.mixer.alone
+    events = engine.answer(SUM, engine.dispatcher(MANUAL, weights), Sampling(64))
+    assert isinstance(next(events), Dispatched) and not merging.adapted.has_matrices_of(mixture)
+    assert isinstance(next(events), Token) and merging.adapted.has_matrices_of(mixture)
+    made = [merging.adapted.has_matrices_of(experts[name]) for name in ("math", "code", "reasoning")]
+    assert made == [True, True, False]
+    first = list(events)[-1].adapted
+    assert first == answer(engine, weights, sampling=Sampling(64))[-1].adapted
+
+
+def test_answer_does_not_wait_for_the_matrices_of_a_large_models_experts(merging, monkeypatch):
+    monkeypatch.setattr("t2app.mixer._MOST_MULTIPLICATIONS", 10**9)
+    engine = Engine(merging)
+    answer(engine, {"math": 0.5})
+    assert not any(map(merging.adapted.has_matrices_of, engine.mixer.alone.values()))
 
 
 @pytest.mark.skipif(not has_bfloat16_arithmetic() or has_tiles(), reason="this CPU takes another kernel for many rows")

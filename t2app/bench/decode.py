@@ -76,7 +76,7 @@ def new_mixture_figures(model: Model) -> Iterator[Figure]:
     for number in range(1 + _NEW_MIXTURES):
         weights = {expert.name: 1 / (2 + number) for expert in model.experts}
         mixture = mixer.mixture(weights)
-        times.append(seconds(lambda new=mixture, of=weights: whole(mixer.adding_matrices(new, of))))
+        times.append(seconds(lambda new=mixture, of=weights: whole(mixer.making_matrices_of(new, of))))
         if not model.adapted.has_matrices_of(mixture):
             return
     yield figure_of("decode", "new_mixture", [1e3 * value for value in times[1:]], "ms")

@@ -120,7 +120,8 @@ class SpectralModel:
         for path, delta in deltas.items():
             made[path] = self.layers[path].packed_matrix(delta)
             yield
-        self._made = [*self._made, _KeptMatrices(deltas, made)]
+        if not self.has_matrices_of(deltas):  # somebody else may have made them in between
+            self._made = [*self._made, _KeptMatrices(deltas, made)]
 
     def adding_matrices(self, deltas: Deltas, terms: Sequence[tuple[Deltas, Mapping[str, float]]]) -> Parts[None]:
         """`making_matrices` for a mixture that is a sum of others, where all of these have theirs: it is much faster.
