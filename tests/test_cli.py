@@ -14,7 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
 from t2app.cli import main
 from t2app.experts import load_expert
-from t2app.mixtures import mixture_file
+from t2app.found_mixtures import mixture_file
 from t2app.models import load_model
 
 

@@ -12,8 +12,7 @@ from t2app.decoding import answer_log_probabilities, collected, decode
 from t2app.dispatch import FewShotDispatch, make_dispatcher
 from t2app.engine import Engine
 from t2app.experts import Expert, mix
-from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Sampling, Searched, SearchSettings, as_json
-from t2app.mixtures import (
+from t2app.found_mixtures import (
     MixtureError,
     check_name,
     kept_mixtures,
@@ -21,6 +20,7 @@ from t2app.mixtures import (
     read_mixture,
     write_mixture,
 )
+from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Sampling, Searched, SearchSettings, as_json
 from t2app.models import Model, load_model
 from t2app.search import CrossEntropy, MixtureSearch, by_neighbourhood, scorer
 from t2app.search.cross_entropy import apart, smoothed

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
+from t2app.found_mixtures import mixture_file, read_mixture
 from t2app.messages import DISPATCHERS, check_weights, few_shot, mixture_name
-from t2app.mixtures import mixture_file, read_mixture
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
 
 if TYPE_CHECKING:

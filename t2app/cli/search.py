@@ -6,8 +6,8 @@ from pathlib import Path
 
 from t2app.cli.options import Commands, count, data_option, load, model_options, pool_option
 from t2app.cli.output import print_json
+from t2app.found_mixtures import mixture_file, write_mixture
 from t2app.messages import SCORES, Reevaluated, SearchSettings, as_json, few_shot
-from t2app.mixtures import mixture_file, write_mixture
 from t2app.tasks.registry import TASKS, task_named
 from t2app.tasks.shots import pick_shots, shots_of_file
 

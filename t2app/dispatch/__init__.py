@@ -8,8 +8,8 @@ from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.dispatch.few_shot import FewShotDispatch
 from t2app.dispatch.manual import ManualDispatch
 from t2app.dispatch.prompt import PromptDispatch
+from t2app.found_mixtures import mixture_file, read_mixture
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT_SOFT, check_weights, few_shot, mixture_name
-from t2app.mixtures import mixture_file, read_mixture
 from t2app.models import Model
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Dispatch by a mixture that a search found (paper, section 3.2): the search was paid once, every prompt is free."""
 
 from t2app.dispatch.dispatcher import Decision, Dispatcher
+from t2app.found_mixtures import KeptMixture, MixtureError
 from t2app.messages import few_shot
-from t2app.mixtures import KeptMixture, MixtureError
 from t2app.models import Model
 from t2app.parts import Parts
 

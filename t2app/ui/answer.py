@@ -16,6 +16,7 @@ import gradio as gr
 from t2app.catalogue import CATALOGUE, expert_files
 from t2app.categories import CLASSIFIER
 from t2app.figures import change_map, mixture_bars, probability_bars, search_trace
+from t2app.found_mixtures import kept_mixtures
 from t2app.loading import EngineLoader
 from t2app.messages import (
     DEFAULT_DISPATCH,
@@ -30,7 +31,6 @@ from t2app.messages import (
     Waiting,
     few_shot,
 )
-from t2app.mixtures import kept_mixtures
 from t2app.pictures import read_picture
 from t2app.ui.updates import failure, run_buttons
 
@@ -136,7 +136,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
             gr.Markdown("### Base model")
             base = gr.Markdown(elem_id="base", buttons=["copy"], line_breaks=True)
             base_statistics = gr.Markdown(elem_id="base-statistics")
-    gr.Markdown("### Mix them yourself\nDrag a weight, and the prompt is answered again with it.")
+    gr.Markdown("### Mix the experts yourself\nDrag a weight, and the prompt is answered again.")
     with gr.Group():
         sliders = {
             name: gr.Slider(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from t2app.figures import search_trace
+from t2app.found_mixtures import MixtureError, check_name, mixture_file, write_mixture
 from t2app.loading import EngineLoader
 from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Searched, SearchSettings, Waiting, few_shot
-from t2app.mixtures import MixtureError, check_name, mixture_file, write_mixture
 from t2app.tasks.arithmetic import Arithmetic
 from t2app.tasks.puzzles import PUZZLES
 from t2app.tasks.reasoning import ReasoningBasics
