@@ -236,7 +236,6 @@ def test_answer_does_not_wait_for_the_matrices_of_a_large_models_experts(merging
 @pytest.mark.skipif(not has_bfloat16_arithmetic() or has_tiles(), reason="this CPU takes another kernel for many rows")
 def test_answers_in_company_are_those_alone(merging):
     engine = Engine(merging)
-    whole(engine.mixer.making_matrices())
     prompts = [prompt for prompt, _ in labelled_prompts("train")[::80]][:5]
 
     def asked(prompt: str) -> Finished:

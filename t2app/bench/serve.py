@@ -16,7 +16,6 @@ from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.engine import Engine
 from t2app.messages import DEFAULT_DISPATCH, MANUAL, Event, Sampling, Token
 from t2app.models import load_model
-from t2app.parts import whole
 from t2app.tasks.dispatch import labelled_prompts
 
 _REQUESTS = 8
@@ -38,7 +37,6 @@ def bench_serve(model_name: str, precision: str) -> Iterator[Figure]:
     if not model.experts:
         raise ValueError(f"{model.name} has no expert to measure with")
     engine = Engine(model)
-    whole(engine.mixer.making_matrices())  # as the app does before anybody has typed a prompt
     requests = _requests(engine)
     for run in (partial(_one_after_another, requests[:1]), partial(_at_once, requests)):
         run()  # warms up

@@ -19,8 +19,9 @@ from t2app.spectral.plan import Deltas, Plan, PlanInUse, one_mixture
 
 # Mixtures at a time that have matrices for the kernels which are sums.
 _KEPT_SUMS = 8
-# Entries of matrices that are added in one part.
-_ENTRIES_AT_ONCE = 1 << 24
+# What is done of matrices in one part, between which others are served: entries that are added, and multiplications of
+# those that are made.
+_ENTRIES_AT_ONCE, _MULTIPLICATIONS_AT_ONCE = 1 << 24, 1 << 31
 
 
 class _KeptMatrices(NamedTuple):
@@ -109,17 +110,20 @@ class SpectralModel:
         return sum(self.layers[path].base.weight.nbytes for path in self._mergeable(deltas))
 
     def making_matrices(self, deltas: Deltas) -> Parts[None]:
-        """Keep the matrices of a mixture, a layer a part: from then on they edit its rows, where all have this mixture.
+        """Keep the matrices of a mixture, in parts: from then on they edit its rows, where all have this mixture.
 
         It takes the same object as `plan` is given. Nothing is made where vectors are not packed for the kernels, nor
         where memory does not allow.
         """
         if not self._has_room_for_matrices(deltas):
             return
-        made = {}
+        made, multiplied = {}, 0
         for path, delta in deltas.items():
             made[path] = self.layers[path].packed_matrix(delta)
-            yield
+            multiplied += self.layers[path].rank ** 3
+            if multiplied >= _MULTIPLICATIONS_AT_ONCE:
+                multiplied = 0
+                yield
         if not self.has_matrices_of(deltas):  # somebody else may have made them in between
             self._made = [*self._made, _KeptMatrices(deltas, made)]
 
