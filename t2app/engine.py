@@ -85,8 +85,9 @@ class Engine:
         """Another caller may have had it prepared meanwhile."""
         if name not in self._dispatchers:
             self._dispatchers[name] = dispatcher = make_dispatcher(name, self.model)
-            self._scheduler.when_idle(dispatcher.speeding_up())
+            # An answer waits for its expert's matrices, so these come first.
             self._scheduler.when_idle(self.mixer.making_matrices())
+            self._scheduler.when_idle(dispatcher.speeding_up())
 
     def answer(
         self,
