@@ -132,7 +132,8 @@ class Engine:
                 mean_changes(mixture),
                 decision.trace,
             )
-            yield from caller.run_in_parts(self.mixer.making_matrices_of(mixture, decision.weights))
+            if mixture is not None and self.model.adapted.lacks_matrices(mixture):
+                yield from caller.run_in_parts(self.mixer.making_matrices_of(mixture, decision.weights))
             yield from self._second_pass(caller, ids, picture, mixture, sampling)
 
     def search(self, search: MixtureSearch, user: Hashable = None) -> Iterator[Searched | Reevaluated | Waiting]:

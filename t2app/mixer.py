@@ -40,10 +40,8 @@ class Mixer:
         for deltas in self.alone.values():
             yield from self._adapted.making_matrices(deltas)
 
-    def making_matrices_of(self, mixture: Deltas | None, weights: Mapping[str, Alpha]) -> Parts[None]:
+    def making_matrices_of(self, mixture: Deltas, weights: Mapping[str, Alpha]) -> Parts[None]:
         """Have what `mixture` gave for these weights have its own, unless a large model's experts have none yet."""
-        if mixture is None:
-            return
         terms = [(self.alone[name], alphas_by_path(self._experts[name], own)) for name, own in _frozen(weights)]
         if sum(layer.rank**3 for layer in self._adapted.layers.values()) <= _MOST_MULTIPLICATIONS:
             for expert, _ in terms:

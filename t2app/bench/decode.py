@@ -75,7 +75,8 @@ def new_mixture_figures(model: Model) -> Iterator[Figure]:
     whole(mixer.making_matrices())
     for number in range(1 + _NEW_MIXTURES):
         weights = {expert.name: 1 / (2 + number) for expert in model.experts}
-        mixture = mixer.mixture(weights)
+        if (mixture := mixer.mixture(weights)) is None:
+            return
         times.append(seconds(lambda new=mixture, of=weights: whole(mixer.making_matrices_of(new, of))))
         if not model.adapted.has_matrices_of(mixture):
             return

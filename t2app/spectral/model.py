@@ -115,7 +115,7 @@ class SpectralModel:
         It takes the same object as `plan` is given. Nothing is made where vectors are not packed for the kernels, nor
         where memory does not allow.
         """
-        if not self._has_room_for_matrices(deltas):
+        if not self.lacks_matrices(deltas):
             return
         made, multiplied = {}, 0
         for path, delta in deltas.items():
@@ -136,7 +136,7 @@ class SpectralModel:
             terms: each with its factors, by the layer's path; where a path is missing it takes no part.
         """
         made = [(self._matrices_of(term), factors) for term, factors in terms]
-        if any(kept is None for kept, _ in made) or not self._has_room_for_matrices(deltas):
+        if any(kept is None for kept, _ in made) or not self.lacks_matrices(deltas):
             return
         sums, added = {}, 0
         for path in deltas:
@@ -151,6 +151,13 @@ class SpectralModel:
     def has_matrices_of(self, deltas: Deltas) -> bool:
         """Whether they were made, and are kept."""
         return self._matrices_of(deltas) is not None
+
+    def lacks_matrices(self, deltas: Deltas) -> bool:
+        """Whether a mixture has none, its layers can have them, and there is memory for them."""
+        layers = [self.layers[path] for path in deltas]
+        if self.has_matrices_of(deltas) or not all(layer.packed is not None for layer in layers):
+            return False
+        return can_spare(sum(packed_matrix_bytes(layer.rank) for layer in layers))
 
     def edit_by_matrices(self) -> None:
         """Have the plan in use edit single tokens by matrices where that is faster, and memory allows.
@@ -190,13 +197,6 @@ class SpectralModel:
 
     def _matrices_of(self, deltas: Deltas) -> _KeptMatrices | None:
         return next((kept for kept in (*self._made, *self._sums) if kept.deltas is deltas), None)
-
-    def _has_room_for_matrices(self, deltas: Deltas) -> bool:
-        """Whether a mixture has no matrices, its layers can have them, and there is memory for them."""
-        layers = [self.layers[path] for path in deltas]
-        if self.has_matrices_of(deltas) or not all(layer.packed is not None for layer in layers):
-            return False
-        return can_spare(sum(packed_matrix_bytes(layer.rank) for layer in layers))
 
 
 @cache
