@@ -14,7 +14,8 @@ from t2app.spectral import Deltas, SpectralModel
 
 # Mixtures that were used last and are not made anew.
 _KEPT_MIXTURES = 16
-# An expert whose matrices take more multiplications than that is not waited for: for less, two cores take a second.
+# No answer waits for an expert whose matrices take more multiplications than that: they are made in an idle moment.
+# Those of the embedded model's experts take a third of it.
 _MOST_MULTIPLICATIONS = 10**11
 
 
