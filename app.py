@@ -1,6 +1,9 @@
 """Starts the web app; a Hugging Face Space runs this file."""
 
 import argparse
+import os
+import shlex
+import sys
 
 from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 from t2app.imports import kept_imports
@@ -10,9 +13,15 @@ from t2app.messages import Limits
 with kept_imports():
     from t2app.ui import CSS, THEME, build_page
 
+# A Space passes no arguments.
+_OPTIONS_VARIABLE = "T2_APP_OPTIONS"
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Transformer²: a language model that adapts itself to the prompt.")
+    parser = argparse.ArgumentParser(
+        description="Transformer²: a language model that adapts itself to the prompt.",
+        epilog=f"Options in the variable {_OPTIONS_VARIABLE} are taken before those that are given here.",
+    )
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="a catalogue name, a hub name, a local folder or a GGUF file of either"
     )
@@ -31,8 +40,8 @@ def main() -> None:
         type=int,
         help="memory for the keys and values of all of them (default: half of what the model leaves free)",
     )
-    arguments = parser.parse_args()
     try:
+        arguments = parser.parse_args([*shlex.split(os.environ.get(_OPTIONS_VARIABLE, "")), *sys.argv[1:]])
         limits = Limits(arguments.rows, None if arguments.cache_mib is None else arguments.cache_mib * 2**20)
     except ValueError as error:
         parser.error(str(error))
