@@ -5,10 +5,10 @@ import os
 import shlex
 import sys
 
-from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 from t2app.imports import kept_imports
 from t2app.loading import EngineLoader
 from t2app.messages import Limits
+from t2app.models.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 
 with kept_imports():
     from t2app.ui import CSS, THEME, build_page

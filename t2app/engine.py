@@ -26,12 +26,12 @@ from t2app.messages import (
     Waiting,
 )
 from t2app.mixer import Mixer
-from t2app.models import Model
+from t2app.models.model import Model
+from t2app.models.vision import PictureInputs
 from t2app.parts import Parts, next_part
 from t2app.scheduler import Caller, EngineError, Scheduler, free_memory
 from t2app.search import MixtureSearch
 from t2app.spectral import Deltas
-from t2app.vision import PictureInputs
 
 __all__ = ["STREAMS", "Engine", "EngineError", "PromptError"]
 

@@ -16,10 +16,10 @@ from t2app.decoding import collected, decode
 from t2app.dispatch import Dispatcher
 from t2app.experts import digest
 from t2app.messages import Sampling
-from t2app.models import Model
+from t2app.models.model import Model
+from t2app.models.vision import PictureInputs
 from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
-from t2app.vision import PictureInputs
 
 BASE = "base"
 _BATCH_ROWS = 64

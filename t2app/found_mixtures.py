@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from t2app.catalogue import EXPERTS_FOLDER, pool_folder
 from t2app.messages import Reevaluated, Searched
+from t2app.models.catalogue import EXPERTS_FOLDER, pool_folder
 
 FORMAT_VERSION = 2
 _NAME = re.compile(r"[\w-]{1,60}")

@@ -6,10 +6,10 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
-from t2app.catalogue import CATALOGUE, entry_of
-from t2app.checkpoints import checkpoint_ahead
 from t2app.imports import kept_imports
 from t2app.messages import DEFAULT_DISPATCH, Limits
+from t2app.models.catalogue import CATALOGUE, entry_of
+from t2app.models.checkpoints import checkpoint_ahead
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
@@ -103,7 +103,7 @@ class EngineLoader:
             checkpoint_ahead(self.model_name, self._report)
             _import_engine(self.precision)
             from t2app.engine import Engine
-            from t2app.models import load_model
+            from t2app.models.model import load_model
 
             model = load_model(self.model_name, self.precision, progress=self._report, experts_of=self.experts_of)
             self._engine = Engine(model, self._limits)
@@ -121,13 +121,13 @@ class EngineLoader:
             _prepare_first_pass(engine)
 
     def _models_that_fit(self) -> tuple[str, ...]:
-        from t2app.machine import fits
-        from t2app.models import resolve_precision
+        from t2app.machine import memory_bytes
+        from t2app.models.model import resolve_precision
 
-        precision = resolve_precision(self.precision)
+        precision, memory = resolve_precision(self.precision), memory_bytes()
         first = self.choices[0]
         others = (entry for entry in CATALOGUE.values() if entry is not entry_of(first))
-        return (first, *(entry.name for entry in others if fits(entry, precision)))
+        return (first, *(entry.name for entry in others if entry.fits(precision, memory)))
 
     def _report(self, message: str, share: float | None) -> None:
         self.message, self.share = message, share
@@ -144,7 +144,7 @@ def _import_engine(precision: str) -> None:
 
         kernels_ahead(precision)
         import t2app.engine
-        import t2app.models  # noqa: F401
+        import t2app.models.model  # noqa: F401
 
 
 def _prepare_first_pass(engine: "Engine") -> None:

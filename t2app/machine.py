@@ -1,12 +1,8 @@
-"""What this machine has room for: the one place that decides whether a model fits."""
+"""The memory that this machine has for a model, and for what makes one faster."""
 
 import psutil
 import torch
 
-from t2app.catalogue import CatalogueEntry
-
-# Beside the weights there are bases, caches and what a step computes.
-_ROOM_OVER_WEIGHTS = 1.25
 # Of the host's free memory, for what works without it and is only faster with it.
 _SPARE_SHARE = 0.1
 # And of a GPU's memory that nothing is in.
@@ -19,11 +15,6 @@ def memory_bytes() -> int:
         return psutil.virtual_memory().available + psutil.Process().memory_info().rss
     devices = range(torch.cuda.device_count())
     return sum(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in devices)
-
-
-def fits(entry: CatalogueEntry, precision: str) -> bool:
-    """Whether a model of the catalogue, held in one of `catalogue.HELD_IN`, can be used on this machine."""
-    return _ROOM_OVER_WEIGHTS * entry.memory_bytes(precision) <= memory_bytes()
 
 
 def gpu_can_spare(size: int, device: torch.device) -> bool:

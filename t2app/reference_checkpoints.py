@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from t2app.experts import Expert, ExpertError
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.spectral.layer_paths import is_mlp_path
 
 _SOURCE = "the authors' code (SakanaAI/self-adaptive-llms)"

@@ -35,9 +35,9 @@ from t2app.decoding import Batch, Beginnings, run_in_parts
 from t2app.fair_queue import FairQueue
 from t2app.machine import memory_bytes
 from t2app.messages import Limits, Sampling, Waiting
+from t2app.models.vision import PictureInputs
 from t2app.parts import Parts, next_part
 from t2app.spectral import Deltas, SpectralModel
-from t2app.vision import PictureInputs
 
 # How long a caller waits for others until it says so. Whoever reads a stream can close it then.
 _PATIENCE_SECONDS = 0.3

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
 from vision_models import save_vision_parts
 
-from t2app.catalogue import FOUR_BIT
-from t2app.families import random_model
-from t2app.models import Model, load_model
+from t2app.models.catalogue import FOUR_BIT
+from t2app.models.families import random_model
+from t2app.models.model import Model, load_model
 
 # Wide enough a spread that the blocks, and what an expert does to them, show in the logits.
 _SIZES = {

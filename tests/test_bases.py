@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import SMALL_CONFIGS
 
-from t2app import bases
-from t2app.bases import CachedBases
-from t2app.families import random_model
+from t2app.models import bases
+from t2app.models.bases import CachedBases
+from t2app.models.families import random_model
+from t2app.models.weights import CheckpointWeights
 from t2app.spectral import basis_of, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths
-from t2app.weights import CheckpointWeights
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from t2app.bench.generate import generate, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
 from t2app.bench.profile import bench_profile, times_by_kind
 from t2app.bench.step import even_mixture, random_context, stepper, weight_bytes, weight_operations, with_matrices
-from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
-from t2app.checkpoints import gguf_of
 from t2app.decoding import collected, decode
 from t2app.messages import Sampling
-from t2app.models import Model, load_model
+from t2app.models.catalogue import CATALOGUE, DEFAULT_MODEL
+from t2app.models.checkpoints import gguf_of
+from t2app.models.model import Model, load_model
 from t2app.spectral import linear_layer
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_is_there(), reason="llama-cpp-python is not installed")

@@ -8,7 +8,7 @@ from t2app.bench.model import model_figures
 from t2app.bench.random_checkpoint import write_random_checkpoint
 from t2app.bench.shape import bench_shape
 from t2app.cache import cache_folder
-from t2app.catalogue import Shape
+from t2app.models.catalogue import Shape
 
 SMALL = Shape(2048, 64, 192, blocks=2, heads=2, key_value_heads=1)
 LIKE_QWEN = Shape(2048, 64, 192, blocks=2, heads=2, key_value_heads=1, tied=True, biases=True)

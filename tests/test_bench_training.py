@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from t2app.bench.training import _WAYS, _batch
-from t2app.models import load_model
+from t2app.models.model import load_model
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from unittest.mock import patch
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from t2app.catalogue import CATALOGUE, DEFAULT_MODEL
 from t2app.cli import main
 from t2app.experts import load_expert
 from t2app.found_mixtures import mixture_file
-from t2app.models import load_model
+from t2app.models.catalogue import CATALOGUE, DEFAULT_MODEL
+from t2app.models.model import load_model
 
 
 @dataclass

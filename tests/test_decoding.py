@@ -17,7 +17,7 @@ from t2app.decoding import (
 )
 from t2app.decoding.sampling import nucleus
 from t2app.messages import Sampling
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.spectral import Deltas
 
 QUESTIONS = (

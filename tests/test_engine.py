@@ -21,7 +21,7 @@ from t2app.experts import Expert, ExpertError, mix
 from t2app.kernels.build import has_bfloat16_arithmetic, has_tiles
 from t2app.kernels.linear import has_fast_linears
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT, PROMPT_SOFT, Dispatched, Finished, Sampling, Token, as_json
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.tasks.dispatch import labelled_prompts
 

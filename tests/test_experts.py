@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2app.catalogue import classifier_file, expert_files
 from t2app.experts import (
     FORMAT_VERSION,
     Expert,
@@ -21,6 +20,7 @@ from t2app.experts import (
     save_expert,
     share,
 )
+from t2app.models.catalogue import classifier_file, expert_files
 
 WEIGHTS = WeightsIdentity("tiny", "r1", "a1b2c3d4" * 8, {"layers.0.up": 4, "layers.0.down": 3})
 METADATA = {

@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from t2app.families import CHECKS, FAMILIES, check_family, families_table, refusal
+from t2app.models.families import CHECKS, FAMILIES, check_family, families_table, refusal
 from t2app.spectral.layer_paths import block_linear_paths
 
 

@@ -33,7 +33,7 @@ from t2app.kernels.edits import (
 from t2app.kernels.linear import MANY_ROWS, FastLinear, Kind
 from t2app.kernels.model import use_kernels
 from t2app.key_values import GrowingCache
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.spectral import SpectralModel, basis_of
 from t2app.spectral.layer_paths import block_linear_paths
 from t2app.spectral.products import edited

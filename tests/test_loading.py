@@ -17,23 +17,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from t2app.catalogue import CATALOGUE, DEFAULT_MODEL, FOUR_BIT, entry_of, expert_files, title_of
-from t2app.checkpoints import ModelError
 from t2app.decoding import collected, decode
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
-from t2app.families import random_model
-from t2app.gguf_conversion import _GGUFReader
 from t2app.kernels.build import kernel_folder
 from t2app.kernels.edits import pack_vectors
 from t2app.kernels.model import use_kernels
-from t2app.machine import fits, memory_bytes
+from t2app.machine import memory_bytes
 from t2app.messages import Sampling
-from t2app.models import Model, load_model
+from t2app.models.catalogue import CATALOGUE, DEFAULT_MODEL, FOUR_BIT, entry_of, expert_files, title_of
+from t2app.models.checkpoints import ModelError
+from t2app.models.families import random_model
+from t2app.models.gguf_conversion import _GGUFReader
+from t2app.models.model import Model, load_model
+from t2app.models.weights import CheckpointWeights, WeightsError
 from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths
 from t2app.tasks.registry import task_named
-from t2app.weights import CheckpointWeights, WeightsError
 
 
 @torch.no_grad()
@@ -130,11 +130,11 @@ def test_gguf_file_that_is_none_is_refused(name, sentence, gguf, tmp_path, monke
 
 def test_model_fits_where_there_is_memory_for_its_weights_and_what_comes_beside_them():
     entry = CATALOGUE[DEFAULT_MODEL]
-    assert fits(entry, "fp32")
+    assert entry.fits("fp32", memory_bytes())
     blocks = memory_bytes() // (2 * entry.shape.block_weights // entry.shape.blocks)
     as_large_as_the_memory = replace(entry, shape=replace(entry.shape, blocks=blocks))
-    assert not fits(as_large_as_the_memory, "bf16")
-    assert fits(as_large_as_the_memory, FOUR_BIT)
+    assert not as_large_as_the_memory.fits("bf16", memory_bytes())
+    assert as_large_as_the_memory.fits(FOUR_BIT, memory_bytes())
 
 
 # The weights that basis and fingerprint come from

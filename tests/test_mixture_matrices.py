@@ -14,7 +14,7 @@ from t2app.experts import mix
 from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix, sum_of_matrices
 from t2app.kernels.linear import has_fast_linears
 from t2app.messages import Sampling
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
 from t2app.spectral.model import _KEPT_SUMS

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import t2app
-from t2app.catalogue import CATALOGUE, DEFAULT_MODEL, WheelFile
-from t2app.checkpoints import ModelError, bytes_in, checkpoint_ahead, checkpoint_of
-from t2app.models import load_model
+from t2app.models.catalogue import CATALOGUE, DEFAULT_MODEL, WheelFile
+from t2app.models.checkpoints import ModelError, bytes_in, checkpoint_ahead, checkpoint_of
+from t2app.models.model import load_model
 from t2app.spectral.products import has_bfloat16_arithmetic
 
 # What auto stands for where many rows are decoded at once.
@@ -38,7 +38,7 @@ def start(script: str, **environment: str) -> subprocess.Popen:
 def test_two_processes_that_start_in_an_empty_cache_make_one_whole_model(tmp_path, monkeypatch, real):
     # The singular vectors of one block are a race as much as those of thirty.
     load = "load_model(layers=lambda path: '.0.' in path)"
-    script = f"from t2app.models import load_model; print({load}.identity.fingerprint)"
+    script = f"from t2app.models.model import load_model; print({load}.identity.fingerprint)"
     processes = [start(script, T2_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for process in processes:
         output, errors = process.communicate(timeout=300)
@@ -173,8 +173,8 @@ def test_prompt_is_put_into_the_chat_template_up_to_where_the_answer_begins(real
 
 def test_model_that_the_hub_does_not_give_is_refused_by_name(tmp_path):
     script = """
-from t2app.checkpoints import ModelError, bytes_in
-from t2app.models import load_model
+from t2app.models.checkpoints import ModelError, bytes_in
+from t2app.models.model import load_model
 try:
     load_model("nobody/no-such-model", "fp32")  # which compiles no kernel meanwhile
 except ModelError as error:
@@ -241,7 +241,7 @@ def test_cache_may_move_to_another_folder_while_a_process_runs(tiny_folder, tmp_
     script = f"""
 import os, shutil
 from t2app.cache import cache_folder
-from t2app.models import load_model
+from t2app.models.model import load_model
 load_model({str(tiny_folder)!r}, "bf16", layers=lambda path: False)
 shutil.copytree(cache_folder(), {str(tmp_path / "cache")!r}, ignore=shutil.ignore_patterns("models", "bases"))
 os.environ["T2_CACHE_DIR"] = {str(tmp_path / "cache")!r}

@@ -13,8 +13,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from t2app.bench.served_app import served_app
-from t2app.catalogue import DEFAULT_MODEL, expert_files
 from t2app.found_mixtures import mixture_file, read_mixture
+from t2app.models.catalogue import DEFAULT_MODEL, expert_files
 
 SUM = "Compute 12 + 7. Reply with only the number."
 LONG = "Write a long story about a fox that learns to count."

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from vision_models import VISION_CLASSES
 
-from t2app.catalogue import DEFAULT_MODEL
 from t2app.cli import main
 from t2app.decoding import Batch, collected, decode
 from t2app.engine import Engine, PromptError
 from t2app.experts import Expert, ExpertError, load_expert, mix, save_expert
 from t2app.messages import MANUAL, Dispatched, Sampling
-from t2app.models import Model, load_model
+from t2app.models.catalogue import DEFAULT_MODEL
+from t2app.models.model import Model, load_model
 from t2app.pictures import PictureError, read_picture
 from t2app.spectral import Deltas, SpectralModel, basis_of, linear_layer
 from t2app.spectral.layer_paths import is_mlp_path

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from t2app.cli import main
 from t2app.experts import ExpertError, load_expert, mix
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.reference_checkpoints import expert_of_checkpoint, read_checkpoint
 from t2app.spectral.layer_paths import block_linear_paths, is_mlp_path
 

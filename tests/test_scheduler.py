@@ -22,9 +22,9 @@ from t2app.decoding import Batch, batch, collected, decode, prefix
 from t2app.dispatch import Decision, Dispatcher
 from t2app.engine import Engine, EngineError, PromptError
 from t2app.fair_queue import FairQueue
-from t2app.families import random_model
 from t2app.messages import MANUAL, Finished, Limits, Sampling, Token, Waiting
-from t2app.models import Model
+from t2app.models.families import random_model
+from t2app.models.model import Model
 from t2app.parts import Parts
 from t2app.scheduler import Scheduler, cache_bytes_per_token, leave_cores
 from t2app.spectral import Deltas, SpectralModel
@@ -593,7 +593,7 @@ def test_python_ends_well_while_an_idle_thread_lets_go_of_a_large_model(seconds)
         import time
         from transformers import LlamaConfig
         from t2app import scheduler
-        from t2app.families import random_model
+        from t2app.models.families import random_model
         from t2app.messages import Limits, Sampling
         from t2app.spectral import SpectralModel
 

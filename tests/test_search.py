@@ -21,7 +21,7 @@ from t2app.found_mixtures import (
     write_mixture,
 )
 from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Sampling, Searched, SearchSettings, as_json
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.search import CrossEntropy, MixtureSearch, by_neighbourhood, scorer
 from t2app.search.cross_entropy import apart, smoothed
 from t2app.search.scores import Score, answers_and_likelihoods, log_likelihoods, right_answers

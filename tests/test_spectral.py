@@ -13,7 +13,7 @@ from random_mixtures import deltas_of_ranks, random_deltas
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.spectral import Basis, Deltas, SpectralModel, basis_of, fingerprint, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths, is_mlp_path
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2app.catalogue import DEFAULT_MODEL
 from t2app.engine import Engine, EngineError
 from t2app.kernels.linear import has_fast_linears
 from t2app.key_values import GrowingCache
 from t2app.loading import EngineLoader, LoadingError
 from t2app.messages import MANUAL, PROMPT, Finished, Sampling
+from t2app.models.catalogue import DEFAULT_MODEL
 
 PROMPT_TEXT = "Why is the sky blue?"
 SHORT = Sampling(max_new_tokens=12)

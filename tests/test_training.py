@@ -12,7 +12,7 @@ import torch
 
 from t2app.decoding.likelihood import _PART_RATIO, _PART_TOKENS, parts_by_length
 from t2app.experts import load_expert
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.spectral import SpectralModel, basis_of, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths
 from t2app.tasks import Example

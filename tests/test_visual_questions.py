@@ -11,7 +11,7 @@ from PIL import Image
 
 from t2app.cli import main
 from t2app.evaluation import AnswerFile, greedy_answers
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.pictures import PictureError
 from t2app.tasks import Example
 from t2app.tasks.benchmark_data import DataError, pictured_rows

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t2app.bench.composed import Factors, factors_of
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.spectral import Basis, basis_of, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths, is_mlp_path
 

@@ -19,13 +19,13 @@ from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.generate import LoraBeside, generate, generate_composed, plain_model
 from t2app.bench.llama import LlamaCpp, gguf_bytes, llama_cpp_answers, llama_cpp_is_there, write_as_bf16
 from t2app.bench.step import even_mixture, random_context, step_seconds, stepper, weight_bytes, with_matrices
-from t2app.catalogue import FOUR_BIT
-from t2app.checkpoints import ModelError, gguf_of
 from t2app.decoding import collected, decode
 from t2app.decoding.step_graphs import recorder_for
 from t2app.messages import Sampling
 from t2app.mixer import Mixer
-from t2app.models import Model, load_model
+from t2app.models.catalogue import FOUR_BIT
+from t2app.models.checkpoints import ModelError, gguf_of
+from t2app.models.model import Model, load_model
 from t2app.parts import whole
 from t2app.spectral import Deltas
 

@@ -20,7 +20,7 @@ from t2app.decoding import collected, decode
 from t2app.experts import mix
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.spectral import Deltas
 from t2app.tasks.registry import task_named
 

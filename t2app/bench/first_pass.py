@@ -8,7 +8,7 @@ from t2app.decoding import collected, decode
 from t2app.dispatch import make_dispatcher
 from t2app.experts import mix
 from t2app.messages import NAMING_DISPATCHERS, Sampling
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.tasks.dispatch import labelled_prompts
 
 _ANSWER_TOKENS = 128

@@ -8,7 +8,7 @@ from t2app.bench.figure import Figure, figure_of
 from t2app.dispatch import Dispatcher, make_dispatcher
 from t2app.engine import STREAMS, Engine
 from t2app.messages import DEFAULT_DISPATCH, Dispatched, Sampling, Token
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.parts import whole
 from t2app.tasks.dispatch import labelled_prompts
 

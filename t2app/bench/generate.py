@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from t2app.bench.composed import ComposedWeights
-from t2app.checkpoints import checkpoint_of
-from t2app.models import Model
+from t2app.models.checkpoints import checkpoint_of
+from t2app.models.model import Model
 from t2app.spectral import Deltas
 
 _LORA_RANK = 16

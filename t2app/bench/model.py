@@ -16,10 +16,10 @@ from t2app.bench.figure import Figure, figure_of, in_turns, seconds
 from t2app.bench.memory import MemoryReading, PeakMemory
 from t2app.bench.step import random_context, step_seconds, stepper, weight_bytes, with_matrices
 from t2app.cache import cache_folder
-from t2app.checkpoints import checkpoint_of
 from t2app.decoding import decode
 from t2app.messages import Sampling
-from t2app.models import Model, load_model
+from t2app.models.checkpoints import checkpoint_of
+from t2app.models.model import Model, load_model
 from t2app.spectral import Deltas
 
 _LOADS, _PROMPTS, _STEPS = 3, 8, 40

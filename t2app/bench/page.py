@@ -8,7 +8,7 @@ from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.bench.served_app import IDLE_SECONDS, served_app
 from t2app.engine import Engine
 from t2app.messages import DEFAULT_DISPATCH, Finished, Sampling
-from t2app.models import load_model
+from t2app.models.model import load_model
 
 # Both answers are as long as they may be, 128 tokens.
 _PROMPT = "Write a long story about a fox that learns to count."

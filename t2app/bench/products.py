@@ -11,7 +11,7 @@ from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.kernels.build import has_tiles
 from t2app.kernels.edits import MatrixEdit, VectorEdit
 from t2app.kernels.linear import FastLinear, Kind
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.spectral import SpectralLinear
 from t2app.spectral.products import edited
 

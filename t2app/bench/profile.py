@@ -22,7 +22,7 @@ from t2app.bench.arithmetic import Multiplication
 from t2app.bench.figure import Figure, figure_of
 from t2app.bench.memory import MemoryReading
 from t2app.bench.step import even_mixture, step_seconds, stepper, weight_bytes, weight_operations, with_matrices
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.spectral import SpectralLinear
 
 # What an operation is for, by the module that it runs in: the blocks' linear layers with their edits, all else of

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from t2app.catalogue import DEFAULT_MODEL, Shape
-from t2app.checkpoints import checkpoint_of
+from t2app.models.catalogue import DEFAULT_MODEL, Shape
+from t2app.models.checkpoints import checkpoint_of
 from t2app.spectral.layer_paths import block_of
 
 _SPREAD = 0.02

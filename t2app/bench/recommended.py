@@ -6,7 +6,7 @@ from t2app.bench.figure import Figure, figure_of
 from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.messages import SearchSettings
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.search import MixtureSearch, by_neighbourhood
 from t2app.tasks.registry import task_named
 from t2app.tasks.shots import pick_shots

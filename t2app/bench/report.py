@@ -18,7 +18,7 @@ import torch
 from t2app.bench import bench_named
 from t2app.bench.figure import Figure
 from t2app.kernels.build import cpu_instructions
-from t2app.models import resolve_precision
+from t2app.models.model import resolve_precision
 
 _PACKAGES = ("torch", "transformers", "gradio")
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -15,7 +15,7 @@ from t2app.bench.composed import ComposedWeights
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.bench.generate import plain_model
 from t2app.experts import mix
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.search.scores import answers_and_likelihoods, log_likelihoods, right_answers
 from t2app.spectral import Deltas, SpectralModel
 from t2app.tasks import Example, Task

@@ -15,7 +15,7 @@ from itertools import pairwise
 from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.engine import Engine
 from t2app.messages import DEFAULT_DISPATCH, MANUAL, Event, Sampling, Token
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.tasks.dispatch import labelled_prompts
 
 _REQUESTS = 8

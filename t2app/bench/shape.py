@@ -8,7 +8,7 @@ from t2app.bench.figure import Figure
 from t2app.bench.model import model_figures
 from t2app.bench.random_checkpoint import write_random_checkpoint
 from t2app.cache import cache_folder
-from t2app.catalogue import CATALOGUE
+from t2app.models.catalogue import CATALOGUE
 
 
 def bench_shape(model_name: str, precision: str) -> Iterator[Figure]:

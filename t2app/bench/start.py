@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from t2app.bench.figure import Figure, figure_of
 from t2app.bench.served_app import IDLE_SECONDS, served_app
-from t2app.catalogue import CATALOGUE, WheelFile
-from t2app.checkpoints import fetched_wheel
+from t2app.models.catalogue import CATALOGUE, WheelFile
+from t2app.models.checkpoints import fetched_wheel
 
 _STARTS = 3
 _PROMPT = "Compute 12 + 7."

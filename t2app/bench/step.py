@@ -13,7 +13,7 @@ from t2app.decoding.step_graphs import StepGraphs
 from t2app.experts import mix
 from t2app.kernels.edits import edits_fast_by_matrix, packed_matrix_bytes
 from t2app.messages import Sampling
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.parts import whole
 from t2app.spectral import Deltas, SpectralLinear, one_mixture
 

@@ -24,7 +24,7 @@ from t2app.bench.memory import PeakMemory, memory_in_use
 from t2app.decoding import Prefix, answer_log_probabilities, collected, decode
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
-from t2app.models import Model, load_model
+from t2app.models.model import Model, load_model
 from t2app.spectral import Deltas, linear_layer
 from t2app.tasks.registry import task_named
 

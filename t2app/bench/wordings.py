@@ -8,7 +8,7 @@ from t2app.bench.figure import Figure
 from t2app.categories import LABELS
 from t2app.dispatch import PromptDispatch
 from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS
-from t2app.models import load_model
+from t2app.models.model import load_model
 from t2app.tasks.dispatch import labelled_prompts
 
 _OF_EACH_LABEL = 60

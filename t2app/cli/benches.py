@@ -8,9 +8,9 @@ from pathlib import Path
 
 from t2app.bench import BENCHES, bench_named
 from t2app.bench.figure import Figure
-from t2app.catalogue import title_of
 from t2app.cli.options import Commands, model_options, name_of
 from t2app.cli.output import print_json, write_markdown
+from t2app.models.catalogue import title_of
 
 
 def add_bench(commands: Commands) -> None:

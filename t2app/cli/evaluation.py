@@ -27,7 +27,7 @@ from t2app.tasks.registry import TASKS, task_named
 if TYPE_CHECKING:
     from t2app.dispatch import Dispatcher
     from t2app.evaluation import Accuracy
-    from t2app.models import Model
+    from t2app.models.model import Model
 
 
 def add_eval(commands: Commands) -> None:

@@ -18,7 +18,7 @@ def add_families(commands: Commands) -> None:
 
 def families(options: argparse.Namespace) -> None:
     """Check what each architecture keeps; exits with 1 where one does not keep all of it."""
-    from t2app.families import FAMILIES, REFUSED, check_family, families_table, refusal
+    from t2app.models.families import FAMILIES, REFUSED, check_family, families_table, refusal
 
     kept, refused = {}, {}
     for name in FAMILIES:

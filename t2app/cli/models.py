@@ -4,10 +4,10 @@ import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from t2app.catalogue import CATALOGUE, HELD_IN, classifier_file, expert_files, pool_folder
 from t2app.categories import CATEGORIES
 from t2app.cli.options import Commands, json_option, load, model_options, pool_option
 from t2app.cli.output import print_json
+from t2app.models.catalogue import CATALOGUE, HELD_IN, classifier_file, expert_files, pool_folder
 
 
 def add_models(commands: Commands) -> None:
@@ -34,8 +34,9 @@ def add_import(commands: Commands) -> None:
 
 def models(options: argparse.Namespace) -> None:
     """List the catalogue: what its models are, what they take, and which experts they have."""
-    from t2app.machine import fits  # asks torch for the GPUs' memory
+    from t2app.machine import memory_bytes  # asks torch for that of GPUs
 
+    memory = memory_bytes()
     for entry in CATALOGUE.values():
         files = [*expert_files(entry.name), classifier_file(entry.name)]
         row = {
@@ -47,7 +48,7 @@ def models(options: argparse.Namespace) -> None:
             "parameters": entry.shape.parameters,
             "download_bytes": entry.download_bytes,
             "memory_bytes": {precision: entry.memory_bytes(precision) for precision in HELD_IN},
-            "fits": {precision: fits(entry, precision) for precision in HELD_IN},
+            "fits": {precision: entry.fits(precision, memory) for precision in HELD_IN},
             "experts": [file.stem for file in files if file is not None],
         }
         if options.json:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from t2app.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 from t2app.found_mixtures import mixture_file, read_mixture
 from t2app.messages import DISPATCHERS, check_weights, few_shot, mixture_name
+from t2app.models.catalogue import DEFAULT_MODEL, EXPERTS_OF_HELP, PRECISIONS
 from t2app.tasks.benchmark_data import DATA_DIR_VARIABLE
 
 if TYPE_CHECKING:
-    from t2app.models import Model
+    from t2app.models.model import Model
 
 # What `add_subparsers` gives: every command adds its own parser to it.
 Commands = argparse._SubParsersAction
@@ -73,7 +73,7 @@ def check_dispatch(model_name: str, dispatch: str, weights: Mapping[str, float] 
 
 def load(options: argparse.Namespace, **arguments) -> "Model":
     """The model that the options name, by `load_model`, its progress on standard error."""
-    from t2app.models import load_model
+    from t2app.models.model import load_model
 
     with tqdm(total=1.0, bar_format="{desc} {percentage:3.0f}%", leave=False) as bar:
 

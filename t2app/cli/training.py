@@ -83,7 +83,7 @@ def train(options: argparse.Namespace) -> None:
     """Train an expert, then measure base and expert on the test split and write that into its file."""
     from t2app.evaluation import BASE, Accuracy, evaluate
     from t2app.figures import training_curve
-    from t2app.models import processes
+    from t2app.models.model import processes
 
     tasks = [task_named(name) for name in options.task]
     trainer = _trainer(options, tasks[0] if len(tasks) == 1 else Union(tasks))

@@ -14,8 +14,8 @@ from t2app.decoding.prefix import Prefix
 from t2app.decoding.sampling import next_tokens
 from t2app.decoding.step_graphs import StepGraphs, recorder_for
 from t2app.messages import Sampling
+from t2app.models.vision import PictureInputs
 from t2app.spectral import Deltas, Plan, SpectralModel
-from t2app.vision import PictureInputs
 
 
 @dataclass(eq=False)

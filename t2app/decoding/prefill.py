@@ -10,8 +10,8 @@ from torch import Tensor
 from t2app.decoding.context import Context, device_of, forward
 from t2app.decoding.prefix import Prefix, compute_prefix, distinct
 from t2app.key_values import GrowingCache
+from t2app.models.vision import PictureInputs, picture_arguments, take_position_shift
 from t2app.spectral import Deltas, SpectralModel
-from t2app.vision import PictureInputs, picture_arguments, take_position_shift
 
 # Tokens × rows from which it pays to compute what prompts begin with alike in a pass of its own.
 _LEAST_SAVING = 64

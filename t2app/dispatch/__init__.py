@@ -10,7 +10,7 @@ from t2app.dispatch.manual import ManualDispatch
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.found_mixtures import mixture_file, read_mixture
 from t2app.messages import DISPATCHERS, MANUAL, PROMPT_SOFT, check_weights, few_shot, mixture_name
-from t2app.models import Model
+from t2app.models.model import Model
 
 __all__ = [
     "ClassifierDispatch",

@@ -15,7 +15,7 @@ from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for
 from t2app.dispatch.prompt import PromptDispatch
 from t2app.experts import mix
 from t2app.machine import can_spare
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.parts import Parts
 
 

@@ -3,7 +3,7 @@
 from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.found_mixtures import KeptMixture, MixtureError
 from t2app.messages import few_shot
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.parts import Parts
 
 

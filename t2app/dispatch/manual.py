@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from t2app.dispatch.dispatcher import Decision, Dispatcher
 from t2app.experts import ExpertError
 from t2app.messages import MANUAL
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.parts import Parts
 
 

@@ -14,7 +14,7 @@ from t2app.decoding import choice_log_probabilities, compute_prefix, run_in_part
 from t2app.dispatch.dispatcher import Decision, Dispatcher, decision_for, softened
 from t2app.dispatch.wordings import ASKED, CALIBRATIONS, DEFAULT_CALIBRATION, WORDINGS, Wording
 from t2app.messages import PROMPT, PROMPT_SOFT
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.parts import Parts, whole
 
 

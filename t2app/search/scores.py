@@ -21,7 +21,7 @@ from t2app.decoding import (
     prefill,
 )
 from t2app.messages import EXACT, Sampling
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.spectral import Deltas
 from t2app.tasks import Example, Task
 

@@ -10,7 +10,7 @@ from t2app.evaluation import BASE
 from t2app.experts import Alpha, mix, share
 from t2app.found_mixtures import KeptMixture
 from t2app.messages import EXACT, Reevaluated, Searched, SearchSettings
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.search.cross_entropy import CrossEntropy, Point, apart, smoothed
 from t2app.search.scores import Score, right_answers, scorer
 from t2app.spectral import Deltas

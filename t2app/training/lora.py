@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from t2app.evaluation import Accuracy
 from t2app.experts import Measurement, card
-from t2app.models import Model
+from t2app.models.model import Model
 from t2app.spectral import require_gradients
 from t2app.training.trainer import Trainer
 

@@ -30,7 +30,7 @@ from t2app.decoding import answer_log_probabilities, collected, decode, parts_by
 from t2app.evaluation import Accuracy, evaluate
 from t2app.experts import Expert, Measurement, load_expert, mix, save_expert
 from t2app.messages import Sampling
-from t2app.models import Model, processes
+from t2app.models.model import Model, processes
 from t2app.tasks import Example, Task
 from t2app.training.log import TrainingLog
 from t2app.training.settings import TrainingSettings

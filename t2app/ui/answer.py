@@ -13,7 +13,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from t2app.catalogue import CATALOGUE, expert_files
 from t2app.categories import CLASSIFIER
 from t2app.figures import change_map, mixture_bars, probability_bars, search_trace
 from t2app.found_mixtures import kept_mixtures
@@ -31,6 +30,7 @@ from t2app.messages import (
     Waiting,
     few_shot,
 )
+from t2app.models.catalogue import CATALOGUE, expert_files
 from t2app.pictures import read_picture
 from t2app.ui.updates import failure, run_buttons
 

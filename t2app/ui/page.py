@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from t2app.catalogue import CATALOGUE, entry_of, title_of
 from t2app.loading import EngineLoader, LoadingError
+from t2app.models.catalogue import CATALOGUE, entry_of, title_of
 from t2app.ui.answer import AnswerTab, build_answer_tab
 from t2app.ui.search import build_search_tab
 

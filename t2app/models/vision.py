@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from t2app.checkpoints import ModelError
+from t2app.models.checkpoints import ModelError
 from t2app.pictures import PictureError
 
 # What a processor makes of one picture, beside token ids: what `forward` takes for a batch of one row.

@@ -21,8 +21,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from t2app.bases import CachedBases
-from t2app.catalogue import (
+from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
+from t2app.kernels.build import has_bfloat16_arithmetic, kernel_folder, kernels_ahead
+from t2app.kernels.model import use_kernels
+from t2app.models.bases import CachedBases
+from t2app.models.catalogue import (
     DEFAULT_MODEL,
     EXPERTS_FOLDER,
     FOUR_BIT,
@@ -32,15 +35,12 @@ from t2app.catalogue import (
     pool_folder,
     title_of,
 )
-from t2app.checkpoints import ModelError, Progress, checkpoint_of
-from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
-from t2app.kernels.build import has_bfloat16_arithmetic, kernel_folder, kernels_ahead
-from t2app.kernels.model import use_kernels
+from t2app.models.checkpoints import ModelError, Progress, checkpoint_of
+from t2app.models.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
+from t2app.models.weights import CheckpointWeights
 from t2app.pictures import PictureError
 from t2app.spectral import SpectralModel, fingerprint, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths
-from t2app.vision import PictureInputs, chat_inputs, check_kind, load_processor, takes_pictures
-from t2app.weights import CheckpointWeights
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from filelock import FileLock
 from safetensors.torch import load, save_file
 
 from t2app.cache import cache_folder
-from t2app.checkpoints import Progress
+from t2app.models.checkpoints import Progress
+from t2app.models.weights import CheckpointWeights
 from t2app.spectral import Basis, basis_of, linear_layer
-from t2app.weights import CheckpointWeights
 
 # Of the matrices, in float64, that are decomposed at a time. A decomposition needs some three times its matrix.
 _MOST_BYTES_AT_ONCE = 2**29

@@ -26,7 +26,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from tqdm import tqdm
 
 from t2app.cache import cache_folder
-from t2app.catalogue import CATALOGUE, CatalogueEntry, WheelFile, entry_of, title_of
+from t2app.models.catalogue import CATALOGUE, CatalogueEntry, WheelFile, entry_of, title_of
 
 # Called with what is being done and the share of it that is done, where that is known.
 Progress = Callable[[str, float | None], None]
@@ -144,7 +144,7 @@ class _Conversion:
         with self._held:
             if self._fetched is not None and (fetched := self._fetched.result()):
                 # Here and not above: it brings torch and transformers.
-                from t2app.gguf_conversion import convert
+                from t2app.models.gguf_conversion import convert
 
                 scratch, file = fetched
                 progress(f"Converting {self._title} (once)", None)

@@ -12,11 +12,13 @@ PRECISIONS = ("auto", *HELD_IN)
 # 4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314): half a byte a number, a byte for every block of 64
 # numbers, and a float32 for every 256 of those.
 _FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+# Beside the weights there are bases, caches and what a step computes.
+_ROOM_OVER_WEIGHTS = 1.25
 EXPERTS_OF_HELP = (
     "take the experts of another model that has the same layers, as the text model that a vision-language model is "
     "built on (default: the model's own)"
 )
-EXPERTS_FOLDER = Path(__file__).resolve().parent.parent / "experts"
+EXPERTS_FOLDER = Path(__file__).resolve().parent.parent.parent / "experts"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,10 @@ class CatalogueEntry:
             return {"fp32": 4, "bf16": 2}[precision] * self.shape.parameters
         rest = self.shape.parameters - self.shape.block_weights
         return round(_FOUR_BIT_BYTES * self.shape.block_weights + 2 * rest)
+
+    def fits(self, precision: str, memory: int) -> bool:
+        """Whether it can be used, held in one of HELD_IN, where a model can have so many bytes."""
+        return _ROOM_OVER_WEIGHTS * self.memory_bytes(precision) <= memory
 
 
 CATALOGUE = {

@@ -37,11 +37,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from t2app.catalogue import FOUR_BIT
-from t2app.models import load_model
+from t2app.models.catalogue import FOUR_BIT
+from t2app.models.model import load_model
+from t2app.models.vision import takes_pictures
 from t2app.spectral import Basis, Deltas, SpectralModel, basis_of, linear_layer
 from t2app.spectral.layer_paths import block_linear_paths, is_mlp_path
-from t2app.vision import takes_pictures
 
 # Error over effect, both as norms of logits, that rounding may make in fp32 and in 4 bits.
 EXACT = 1e-3
