@@ -1,8 +1,11 @@
 """What `bench --out` writes: the figures as they were measured, with the machine and without whose it is."""
 
 import json
+import os
 import platform
 import re
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -52,6 +55,14 @@ def test_machine_that_is_told_to_do_without_some_of_its_instructions_says_so(mon
     assert "limited by" not in machine()
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert machine()["limited by"] == "ATEN_CPU_CAPABILITY=avx2"
+
+
+def test_machine_on_which_nothing_compiles_the_kernels_says_so(tmp_path):
+    # In a process of its own: this one may have loaded them.
+    script = "from t2app.bench.report import machine; print(machine().get('kernels'))"
+    environment = os.environ | {"CXX": "no-such-compiler", "T2_CACHE_DIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert ended.stdout == "none, since nothing here compiles them\n", ended.stderr
 
 
 def test_every_bench_says_in_one_line_what_it_measures():

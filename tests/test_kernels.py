@@ -28,7 +28,7 @@ from t2app.kernels.edits import (
     pack_vectors,
     packed_matrix,
     packed_matrix_bytes,
-    sum_of_matrices,
+    sum_of_packed,
 )
 from t2app.kernels.linear import MANY_ROWS, FastLinear, Kind
 from t2app.kernels.model import use_kernels
@@ -351,14 +351,14 @@ def test_matrix_that_is_not_whole_is_refused():
 @pytest.mark.parametrize("narrow", [16, 64, 576])
 @pytest.mark.parametrize("factors", [[1.0], [0.6, -0.3], [0.5, 0.3, 0.0, 2.0]])
 @pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
-def test_edit_by_a_sum_of_matrices_is_as_exact_as_its_roundings(narrow, factors, threads):
+def test_edit_by_a_sum_of_packed_is_as_exact_as_its_roundings(narrow, factors, threads):
     side, rows = random(3, 1, narrow), slice(0, 3)
     vectors = torch.linalg.qr(random(narrow, narrow).float()).Q
     generator = torch.Generator().manual_seed(0)
     deltas = [1 + torch.randn(narrow, generator=generator) for _ in factors]
     delta = sum(factor * own for factor, own in zip(factors, deltas, strict=True))
     exact = edited(side.double(), rows, vectors.double(), delta[None].double())
-    summed = sum_of_matrices([packed_matrix(vectors, own) for own in deltas], factors)
+    summed = sum_of_packed([packed_matrix(vectors, own) for own in deltas], factors)
     found, made = (MatrixEdit(matrix, False, rows)(side) for matrix in (summed, packed_matrix(vectors, delta)))
     change, error = (exact - side).norm(), (made - exact).norm()
     assert error < 0.02 * change and (found - exact).norm() < 0.02 * change + error
@@ -366,9 +366,9 @@ def test_edit_by_a_sum_of_matrices_is_as_exact_as_its_roundings(narrow, factors,
 
 def test_matrices_are_rounded_to_what_fills_their_bytes():
     matrix = packed_matrix(torch.linalg.qr(random(64, 64).float()).Q, torch.linspace(-1, 1, 64))
-    for packed in (matrix, sum_of_matrices([matrix, matrix], [0.5, 0.25])):
+    for packed in (matrix, sum_of_packed([matrix, matrix], [0.5, 0.25])):
         assert packed.integers.abs().max() == 127
-    doubled = sum_of_matrices([matrix], [-2.0])
+    doubled = sum_of_packed([matrix], [-2.0])
     entries = [of.integers * of.scales.max() ** 2 for of in (matrix, doubled)]
     assert torch.allclose(-2 * entries[0], entries[1], atol=0.02 * float(entries[1].abs().max()))
 
@@ -376,14 +376,14 @@ def test_matrices_are_rounded_to_what_fills_their_bytes():
 def test_sum_of_no_change_changes_nothing():
     side = random(2, 1, 64)
     nothing = packed_matrix(torch.eye(64), torch.zeros(64))
-    assert torch.equal(MatrixEdit(sum_of_matrices([nothing] * 2, [1.0, 1.0]), False, slice(0, 2))(side), side)
+    assert torch.equal(MatrixEdit(sum_of_packed([nothing] * 2, [1.0, 1.0]), False, slice(0, 2))(side), side)
 
 
 def test_matrices_that_do_not_fit_each_other_are_not_added():
     small, large = (packed_matrix(torch.eye(narrow), torch.ones(narrow)) for narrow in (48, 64))
     for broken in (large._replace(integers=small.integers), large._replace(integers=large.integers.float())):
         with pytest.raises(RuntimeError, match="triangles in int8 were expected, of matrices of the same size"):
-            sum_of_matrices([large, broken], [1.0, 1.0])
+            sum_of_packed([large, broken], [1.0, 1.0])
 
 
 def test_packed_matrix_takes_what_is_said(real):

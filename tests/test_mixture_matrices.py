@@ -1,4 +1,4 @@
-"""The matrices that experts' and mixtures' rows are edited by, on the real model by the kernels."""
+"""The matrices that experts' and mixtures' rows are edited by, on the real model by the kernels and by torch."""
 
 from types import SimpleNamespace
 
@@ -11,22 +11,38 @@ from t2app import machine
 from t2app.bench.edit import _log_probabilities
 from t2app.decoding import collected, decode
 from t2app.experts import mix
-from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix, sum_of_matrices
+from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix
 from t2app.kernels.linear import has_fast_linears
 from t2app.messages import Sampling
+from t2app.models import model as models
 from t2app.models.model import Model, load_model
 from t2app.parts import next_part, whole
 from t2app.spectral import Deltas, SpectralModel
-from t2app.spectral.model import _KEPT_SUMS
+from t2app.spectral import model as spectral_model
+from t2app.spectral.dense_matrix import DenseMatrix
+from t2app.spectral.plan import Matrix
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def by_kernels() -> Model:
     """The model as the app has it, not loaded for anybody else, where it runs by the kernels."""
     model = load_model(precision="bf16")
     if not has_fast_linears(model.adapted.model):
-        pytest.skip("without the kernels no matrix is made")
+        pytest.skip("this CPU has no AVX2, or there is no compiler")
     return model
+
+
+@pytest.fixture(scope="module")
+def by_torch() -> Model:
+    """The model as the app has it where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "use_kernels", lambda model, folder: None)
+        return load_model(precision="bf16")
+
+
+@pytest.fixture(params=["by_kernels", "by_torch"])
+def model(request) -> Model:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -50,12 +66,19 @@ def summed(adapted: SpectralModel, terms: list[tuple[Deltas, float]]) -> Deltas:
 
 
 def edited_by_matrices(adapted: SpectralModel, rows: list[Deltas | None], tokens: int) -> bool:
-    """Whether all layers are, in a batch of so many tokens a row."""
+    """Whether the kernels edit all layers so, in a batch of so many tokens a row."""
     with adapted.rows(rows):
         edits = [layer.edited_layer(len(rows), tokens).edit for layer in adapted.layers.values()]
     by_matrices = {isinstance(edit, MatrixEdit) for edit in edits}
     assert len(by_matrices) == 1
     return by_matrices.pop()
+
+
+def change_by(matrix: Matrix, side: Tensor) -> Tensor:
+    """What a matrix adds to a narrow side (rows, 1, narrow)."""
+    by_torch = isinstance(matrix, DenseMatrix)
+    edited = matrix.edited(side, slice(0, 1)) if by_torch else MatrixEdit(matrix, False, slice(0, 1))(side)
+    return edited.float() - side.float()
 
 
 PROMPTS = {"math": "Compute 12 + 7.", "code": "Write a function that adds.", "reasoning": "Is ice cold? yes or no"}
@@ -69,8 +92,9 @@ def test_answers_by_matrices_are_the_adapted_models(real, model, adapted, expert
     by_vectors = _log_probabilities(model, ids, forced, mixture)
     whole(adapted.making_matrices(mixture))
     by_matrices = _log_probabilities(model, ids, forced, mixture)
-    prompt_by_vectors = torch.equal(by_matrices[0], by_vectors[0])
-    assert prompt_by_vectors != edits_fast_by_matrix(len(ids)), "the prompt is edited in the slower way"
+    prompt_by_matrices = not torch.equal(by_matrices[0], by_vectors[0])
+    fast = has_fast_linears(model.adapted.model) and edits_fast_by_matrix(len(ids))
+    assert prompt_by_matrices == fast, "the prompt is edited in the slower way"
     assert not torch.equal(by_matrices[1:], by_vectors[1:]), "the matrices were not used for the answer"
     error, change = ((right.exp() * (right - found)).sum(1).mean() for found in (by_matrices, base))
     assert error < 0.05 * change
@@ -96,15 +120,16 @@ def sides_of(real: Model, prompt: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("weights", [{"math": 1.0}, {"code": 1.0}, {"reasoning": 1.0}, MIXED], ids=str)
-def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vectors(real, model, adapted, weights):
+def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vectors(real, by_kernels, weights):
+    adapted = by_kernels.adapted
     sides, errors = sides_of(real, PROMPTS[max(weights, key=weights.get)]), {"vectors": [], "matrices": []}
-    alone = [mix(model.experts, {name: 1.0}) for name in weights]
-    for path, delta in mix(model.experts, weights).items():
+    alone = [mix(by_kernels.experts, {name: 1.0}) for name in weights]
+    for path, delta in mix(by_kernels.experts, weights).items():
         layer, side, vectors = adapted.layers[path], sides[path].bfloat16(), real.adapted.layers[path].vectors
         rows = slice(0, len(side))
         change = side.float() @ vectors.T * delta @ vectors
-        matrices = [layer.packed_matrix(deltas[path]) for deltas in alone]
-        matrix = matrices[0] if len(matrices) == 1 else sum_of_matrices(matrices, list(weights.values()))
+        matrices = [layer.matrix(deltas[path]) for deltas in alone]
+        matrix = matrices[0] if len(matrices) == 1 else layer.sum_of_matrices(matrices, list(weights.values()))
         edits = {
             "vectors": VectorEdit(layer.packed, layer.edits_input, rows, delta[None]),
             "matrices": MatrixEdit(matrix, layer.edits_input, rows),
@@ -116,7 +141,8 @@ def test_edits_of_what_real_layers_meet_are_more_exact_by_matrices_than_by_vecto
     assert mean["matrices"] < mean["vectors"] < 0.1
 
 
-def test_base_answer_does_not_depend_on_the_answer_beside_it(model):
+def test_base_answer_does_not_depend_on_the_answer_beside_it(by_kernels):
+    model = by_kernels
     ids = model.prompt_ids("Compute 12 + 7 * 3.")
     answers, sampling = set(), Sampling(96)
     for mixture in (None, mix(model.experts, {"math": 1.0}), mix(model.experts, {"code": 0.5})):
@@ -143,7 +169,14 @@ def test_base_rows_stay_bit_for_bit_as_they_are_beside_rows_that_matrices_edit(a
     assert (found["matrices"] - found["vectors"])[edited].float().norm() < 0.2 * change
 
 
+def test_answers_in_float32_go_by_vectors_as_they_do_in_company(real):
+    mixture = random_deltas(real.adapted)
+    whole(real.adapted.making_matrices(mixture))
+    assert not real.adapted.has_matrices_of(mixture)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 30])
+@pytest.mark.parametrize("model", ["by_kernels"], indirect=True)
 def test_matrices_edit_rows_of_one_mixture(adapted, tokens):
     first, second = with_matrices(adapted, 0), with_matrices(adapted, 1)
     for rows in ([first], [None, first], [None, second, second], [None] * 4 + [first] * 4):
@@ -168,7 +201,9 @@ def test_matrices_of_a_mixture_are_added_up_where_all_of_it_have_theirs(adapted)
     assert not adapted.has_matrices_of(summed(adapted, [(first, 0.5), (second, 0.5)]))
     whole(adapted.making_matrices(second))
     mixture = summed(adapted, [(first, 0.5), (second, 0.5)])
-    assert adapted.has_matrices_of(mixture) and edited_by_matrices(adapted, [None, mixture], 1)
+    assert adapted.has_matrices_of(mixture)
+    with adapted.rows([None, mixture]):
+        assert all(layer.rows.matrix is not None for layer in adapted.layers.values())
 
 
 def test_matrices_of_a_mixture_that_has_an_expert_in_some_layers_are_added_up_there(adapted):
@@ -179,15 +214,17 @@ def test_matrices_of_a_mixture_that_has_an_expert_in_some_layers_are_added_up_th
     whole(adapted.adding_matrices(mixture, factors))
     matrices = adapted._matrices_of(mixture).by_layer
     for path in (some[0], last):
-        right = adapted.layers[path].packed_matrix(mixture[path])
-        assert torch.allclose(matrices[path].diagonal, right.diagonal)
+        right, side = adapted.layers[path].matrix(mixture[path]), torch.randn(1, 1, adapted.layers[path].rank)
+        found, expected = (change_by(matrix, side.bfloat16()) for matrix in (matrices[path], right))
+        assert (found - expected).norm() < 0.02 * expected.norm()
     assert matrices.keys() == first.keys()
 
 
-def test_sums_that_were_used_last_are_kept_and_what_they_are_made_of_always(adapted):
+def test_sums_that_were_used_last_are_kept_and_what_they_are_made_of_always(adapted, monkeypatch):
     few = dict(list(random_deltas(adapted, 0).items())[:2])
     whole(adapted.making_matrices(few))
-    sums = [summed(adapted, [(few, 0.5)]) for _ in range(_KEPT_SUMS)]
+    monkeypatch.setattr(spectral_model, "_SUMS_BYTES", 4 * sum(adapted.layers[path].matrix_bytes for path in few))
+    sums = [summed(adapted, [(few, 0.5)]) for _ in range(4)]
     adapted.plan([None, sums[0]])
     for _ in sums[1:]:
         summed(adapted, [(few, 0.5)])
@@ -195,10 +232,13 @@ def test_sums_that_were_used_last_are_kept_and_what_they_are_made_of_always(adap
     assert not any(adapted.has_matrices_of(deltas) for deltas in sums[1:])
     summed(adapted, [(few, 0.5)])
     assert not adapted.has_matrices_of(sums[0]) and adapted.has_matrices_of(few)
+    monkeypatch.setattr(spectral_model, "_SUMS_BYTES", 0)
+    last = summed(adapted, [(few, 0.5)])
+    assert adapted.has_matrices_of(last) and len(adapted._sums) == 1
 
 
 def test_memory_that_is_short_is_not_spent_on_matrices(adapted, monkeypatch):
-    size = sum(layer.rank * (layer.rank + 16) // 2 + 8 * layer.rank for layer in adapted.layers.values())
+    size = sum(tensor.nbytes for layer in adapted.layers.values() for tensor in layer.matrix(torch.ones(layer.rank)))
     for available, made in ((9 * size, False), (11 * size, True)):
         monkeypatch.setattr(machine.psutil, "virtual_memory", lambda there=available: SimpleNamespace(available=there))
         assert adapted.has_matrices_of(with_matrices(adapted, 0)) == made

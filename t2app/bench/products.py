@@ -94,7 +94,7 @@ def _kernel_edit(
 
 def _kernel_matrix(kind: Kind, layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     rows, delta = _last_half(delta)
-    kernel, edit = layer.base.kernel(kind), MatrixEdit(layer.packed_matrix(delta[0]), layer.edits_input, rows)
+    kernel, edit = layer.base.kernel(kind), MatrixEdit(layer.matrix(delta[0]), layer.edits_input, rows)
     return lambda x: kernel(x, edit)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from t2app.bench import bench_named
 from t2app.bench.figure import Figure
-from t2app.kernels.build import cpu_instructions
+from t2app.kernels.build import cpu_instructions, kernel_folder, load_kernels
 from t2app.models.model import resolve_precision
 
 _PACKAGES = ("torch", "transformers", "gradio")
@@ -44,13 +44,15 @@ def report(figures: Sequence[Figure], benches: Sequence[str], model: str, precis
 
 
 def machine() -> dict[str, str]:
-    """Processor and memory, the GPUs, and the versions of what computes on them."""
+    """Processor and memory, whether the kernels are lacking, the GPUs, and the versions of what computes on them."""
     instructions = "/".join(cpu_instructions()) or torch.backends.cpu.get_cpu_capability()
     gpus = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    without_kernels = not gpus and not load_kernels(kernel_folder())
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ]
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}",
         **({"limited by": " ".join(limits)} if limits else {}),
+        **({"kernels": "none, since nothing here compiles them"} if without_kernels else {}),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "GPU": ", ".join(gpus) or "none",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

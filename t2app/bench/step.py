@@ -11,7 +11,7 @@ from t2app.bench.figure import seconds
 from t2app.decoding import Batch
 from t2app.decoding.step_graphs import StepGraphs
 from t2app.experts import mix
-from t2app.kernels.edits import edits_fast_by_matrix, packed_matrix_bytes
+from t2app.kernels.edits import edits_fast_by_matrix
 from t2app.messages import Sampling
 from t2app.models.model import Model
 from t2app.parts import whole
@@ -121,10 +121,12 @@ def _by_matrices(model: Model, rows: Sequence[Deltas | None]) -> bool:
     mixture = one_mixture(rows)
     if mixture is None:
         return False
-    if all(layer.takes_whole_matrix for layer in model.adapted.layers.values()):
+    layers = model.adapted.layers.values()
+    if all(layer.takes_whole_matrix for layer in layers):
         return True
     adapted = sum(row is not None for row in rows)
-    return model.adapted.has_matrices_of(mixture) and edits_fast_by_matrix(adapted)
+    fast = all(layer.packed is None for layer in layers) or edits_fast_by_matrix(adapted)
+    return fast and model.adapted.has_matrices_of(mixture)
 
 
 def _read_of_vectors(layer: SpectralLinear) -> int:
@@ -133,4 +135,4 @@ def _read_of_vectors(layer: SpectralLinear) -> int:
 
 def _read_of_matrix(layer: SpectralLinear) -> int:
     # Of a whole matrix an entry is a byte.
-    return layer.vectors.numel() if layer.packed is None else packed_matrix_bytes(layer.rank)
+    return layer.vectors.numel() if layer.takes_whole_matrix else layer.matrix_bytes

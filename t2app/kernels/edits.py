@@ -125,7 +125,7 @@ def packed_matrix(vectors: Tensor, delta: Tensor) -> PackedMatrix:
     return PackedMatrix(*torch.ops.t2app.pack_triangle(torch.cat(lower), narrow), diagonal)
 
 
-def sum_of_matrices(matrices: Sequence[PackedMatrix], factors: Sequence[float]) -> PackedMatrix:
+def sum_of_packed(matrices: Sequence[PackedMatrix], factors: Sequence[float]) -> PackedMatrix:
     """The matrix of Σ factor · (z − 1) out of those of each z, which takes reading them in place of a product.
 
     An entry is off by its own rounding, and by those of the matrices, each times its factor.

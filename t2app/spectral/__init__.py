@@ -9,8 +9,9 @@ W's narrow side is needed to compute W'x from Wx:
 so nothing is ever written into the weights and every row of a batch can carry its own z. Where every row of a large
 batch is edited, as in a training or a search, W' is cheaper as two factors in the basis: WV(z ⊙ Vᵀx), or U(z ⊙ UᵀWx).
 Where all rows of many batches have one z, as in a first pass by an expert, W' is cheapest as a weight of its own. Where
-rows have one z for many batches, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix: on a GPU a whole one for
-single tokens (edit_matrix.py), by the kernels a triangle (`PackedMatrix`).
+rows have one z for many batches, as in an answer, V diag(z − 1) Vᵀ is cheapest as one matrix: by the kernels a triangle
+of bytes (`PackedMatrix`), else a whole one for single tokens: of bytes on a GPU (edit_matrix.py), in bfloat16 on a CPU
+(dense_matrix.py).
 These files know linear layers and vectors; they do not know experts, prompts or how a model is loaded.
 """
 

@@ -12,17 +12,19 @@ from torch.nn import functional as F
 
 from t2app.kernels.edits import (
     MatrixEdit,
-    PackedMatrix,
     RowEdit,
     VectorEdit,
     edits_fast_by_matrix,
     integers_in_order,
     pack_vectors,
     packed_matrix,
+    packed_matrix_bytes,
+    sum_of_packed,
 )
 from t2app.kernels.linear import EditedLayer, FastLinear, edits_fast, needs_gradient
 from t2app.spectral.basis import Basis
-from t2app.spectral.plan import PlanInUse, RowDeltas
+from t2app.spectral.dense_matrix import dense_matrix, dense_matrix_bytes, sum_of_dense
+from t2app.spectral.plan import Matrix, PlanInUse, RowDeltas
 from t2app.spectral.products import edited, has_products_of_many_rows
 
 # Of so many tokens, all of them edited, the two factors are faster than a kernel (`bench products`).
@@ -141,7 +143,7 @@ class SpectralLinear(nn.Module):
         kernel = self.base.kernel_for(count * tokens)
         return None if kernel is None else EditedLayer(kernel, self._edit_kernel(rows, tokens))
 
-    def row_deltas(self, deltas: Sequence[Tensor | None], matrix: PackedMatrix | None) -> RowDeltas | None:
+    def row_deltas(self, deltas: Sequence[Tensor | None], matrix: Matrix | None) -> RowDeltas | None:
         """This layer's part of a plan, from the z − 1 (rank,) of every row or None; None where no row is edited.
 
         Args:
@@ -161,7 +163,7 @@ class SpectralLinear(nn.Module):
         whole = merged.layer if of_merged else None
         return RowDeltas(len(deltas), rows, delta.to(self.device, torch.float32), whole, matrix)
 
-    def matrix_bytes(self) -> int:
+    def whole_matrix_bytes(self) -> int:
         """What a whole matrix of these rows' edit takes; 0 where there can be none, or there is no use of one."""
         rows = self.rows
         if rows is None or not self.takes_whole_matrix or self._has_factors(rows) or len(rows.delta) > 1:
@@ -169,15 +171,35 @@ class SpectralLinear(nn.Module):
         few = isinstance(rows.edited, slice) and rows.edited.stop - rows.edited.start <= _MATRIX_ROWS
         return self.vectors.numel() if few else 0
 
-    def make_matrix(self) -> None:
+    def make_whole_matrix(self) -> None:
         """Edit the rows of the plan in use by a whole matrix from now on, where each has a single token."""
         from t2app.spectral.edit_matrix import edit_matrix
 
         self.rows.matrix = edit_matrix(self.vectors, self.rows.delta[0])
 
-    def packed_matrix(self, delta: Tensor) -> PackedMatrix:
-        """The matrix of z − 1 (rank,) for the kernels, of a layer that has packed vectors."""
+    @property
+    def takes_matrix(self) -> bool:
+        """Whether rows of one mixture can be edited by its matrix here, and faster so.
+
+        In float32 there is none: answers would not be the same alone and beside other mixtures, whose rows have none.
+        """
+        by_torch = self.packed is None and self.device.type == "cpu" and self.vectors.dtype == torch.bfloat16
+        return by_torch or self.packed is not None
+
+    @property
+    def matrix_bytes(self) -> int:
+        """What `matrix` takes."""
+        return dense_matrix_bytes(self.rank) if self.packed is None else packed_matrix_bytes(self.rank)
+
+    def matrix(self, delta: Tensor) -> Matrix:
+        """The matrix of z − 1 (rank,), of a layer that takes one: for the kernels, or for torch."""
+        if self.packed is None:
+            return dense_matrix(self.vectors, delta)
         return packed_matrix(*self._vectors_with(delta, torch.float32))
+
+    def sum_of_matrices(self, matrices: Sequence[Matrix], factors: Sequence[float]) -> Matrix:
+        """The `matrix` of Σ factor · (z − 1), out of those of each z."""
+        return (sum_of_dense if self.packed is None else sum_of_packed)(matrices, factors)
 
     def merge(self, delta: Tensor) -> None:
         """Keep the weight of z − 1 (rank,) beside the layer's own, for batches all of whose rows have it.

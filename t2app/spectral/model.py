@@ -9,26 +9,29 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from t2app.kernels.edits import PackedMatrix, packed_matrix_bytes, sum_of_matrices
 from t2app.kernels.linear import FastLinear, has_fast_linears
 from t2app.machine import can_spare, gpu_can_spare
 from t2app.parts import Parts
 from t2app.spectral.basis import Basis
 from t2app.spectral.layer import SpectralLinear, execution_device, linear_layer
-from t2app.spectral.plan import Deltas, Plan, PlanInUse, one_mixture
+from t2app.spectral.plan import Deltas, Matrix, Plan, PlanInUse, one_mixture
 
-# Mixtures at a time that have matrices for the kernels which are sums.
-_KEPT_SUMS = 8
+# What the matrices of mixtures that are sums take at most, but for those of the last one.
+_SUMS_BYTES = 1 << 28
 # What is done of matrices in one part, between which others are served: entries that are added, and multiplications of
 # those that are made.
-_ENTRIES_AT_ONCE, _MULTIPLICATIONS_AT_ONCE = 1 << 24, 1 << 31
+_ENTRIES_AT_ONCE, _MULTIPLICATIONS_AT_ONCE = 1 << 25, 1 << 31
 
 
 class _KeptMatrices(NamedTuple):
     """A mixture, which is known again as this object, and its matrices by layer."""
 
     deltas: Deltas
-    by_layer: Mapping[str, PackedMatrix]
+    by_layer: Mapping[str, Matrix]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for matrix in self.by_layer.values() for tensor in matrix)
 
 
 class SpectralModel:
@@ -112,14 +115,14 @@ class SpectralModel:
     def making_matrices(self, deltas: Deltas) -> Parts[None]:
         """Keep the matrices of a mixture, in parts: from then on they edit its rows, where all have this mixture.
 
-        It takes the same object as `plan` is given. Nothing is made where vectors are not packed for the kernels, nor
-        where memory does not allow.
+        It takes the same object as `plan` is given. Nothing is made where layers take none, nor where memory does not
+        allow.
         """
         if not self.lacks_matrices(deltas):
             return
         made, multiplied = {}, 0
         for path, delta in deltas.items():
-            made[path] = self.layers[path].packed_matrix(delta)
+            made[path] = self.layers[path].matrix(delta)
             multiplied += self.layers[path].rank ** 3
             if multiplied >= _MULTIPLICATIONS_AT_ONCE:
                 multiplied = 0
@@ -130,7 +133,7 @@ class SpectralModel:
     def adding_matrices(self, deltas: Deltas, terms: Sequence[tuple[Deltas, Mapping[str, float]]]) -> Parts[None]:
         """`making_matrices` for a mixture that is a sum of others, where all of these have theirs: it is much faster.
 
-        The `_KEPT_SUMS` mixtures that were used last have theirs.
+        Of such mixtures those that were used last keep theirs, as many as `_SUMS_BYTES` allow.
 
         Args:
             terms: each with its factors, by the layer's path; where a path is missing it takes no part.
@@ -141,12 +144,14 @@ class SpectralModel:
         sums, added = {}, 0
         for path in deltas:
             own = [(kept.by_layer[path], factors[path]) for kept, factors in made if path in factors]
-            sums[path] = sum_of_matrices(*zip(*own, strict=True))
-            added += sum(matrix.integers.numel() for matrix, _ in own)
+            sums[path] = self.layers[path].sum_of_matrices(*zip(*own, strict=True))
+            added += len(own) * self.layers[path].rank ** 2
             if added >= _ENTRIES_AT_ONCE:
                 added = 0
                 yield
-        self._sums = [*self._sums, _KeptMatrices(deltas, sums)][-_KEPT_SUMS:]
+        self._sums.append(_KeptMatrices(deltas, sums))
+        while len(self._sums) > 1 and sum(kept.nbytes for kept in self._sums) > _SUMS_BYTES:
+            del self._sums[0]
 
     def has_matrices_of(self, deltas: Deltas) -> bool:
         """Whether they were made, and are kept."""
@@ -155,16 +160,16 @@ class SpectralModel:
     def lacks_matrices(self, deltas: Deltas) -> bool:
         """Whether a mixture has none, its layers can have them, and there is memory for them."""
         layers = [self.layers[path] for path in deltas]
-        if self.has_matrices_of(deltas) or not all(layer.packed is not None for layer in layers):
+        if self.has_matrices_of(deltas) or not all(layer.takes_matrix for layer in layers):
             return False
-        return can_spare(sum(packed_matrix_bytes(layer.rank) for layer in layers))
+        return can_spare(sum(layer.matrix_bytes for layer in layers))
 
     def edit_by_matrices(self) -> None:
         """Have the plan in use edit single tokens by matrices where that is faster, and memory allows.
 
         It takes a model whose layers all compute on one device.
         """
-        sizes = {layer: size for layer in self.layers.values() if (size := layer.matrix_bytes())}
+        sizes = {layer: size for layer in self.layers.values() if (size := layer.whole_matrix_bytes())}
         if not sizes or not gpu_can_spare(sum(sizes.values()), device := next(iter(sizes)).device):
             return
         from t2app.spectral.edit_matrix import why_not
@@ -174,7 +179,7 @@ class SpectralModel:
                 _warn_once(f"steps are slower than they could be, edits go without matrices: {reason}")
                 return
         for layer in sizes:
-            layer.make_matrix()
+            layer.make_whole_matrix()
 
     def detach(self) -> nn.Module:
         """Put the original layers back and return the model."""
@@ -186,8 +191,8 @@ class SpectralModel:
     def _mergeable(self, deltas: Deltas) -> list[str]:
         return [path for path in deltas if isinstance(self.layers[path].base, FastLinear)]
 
-    def _matrices_for(self, rows: Sequence[Deltas | None]) -> Mapping[str, PackedMatrix]:
-        """The packed matrices of rows of one mixture that has them, by layer."""
+    def _matrices_for(self, rows: Sequence[Deltas | None]) -> Mapping[str, Matrix]:
+        """The matrices of rows of one mixture that has them, by layer."""
         mixture = one_mixture(rows)
         kept = None if mixture is None else self._matrices_of(mixture)
         if kept is None:

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from t2app.kernels.edits import PackedMatrix, RowEdit
 from t2app.kernels.linear import FastLinear
+from t2app.spectral.dense_matrix import DenseMatrix
 
 if TYPE_CHECKING:
     from t2app.spectral.edit_matrix import EditMatrix
+
+# V diag(z − 1) Vᵀ of one layer and mixture, for the kernels or for torch.
+Matrix = PackedMatrix | DenseMatrix
 
 # z − 1 of every adapted module, by the module's path; a path that is missing is left as it is. One row's mixture.
 Deltas = Mapping[str, Tensor]
@@ -25,7 +29,7 @@ class RowDeltas:
         edited: the rows that are edited, as an index into the batch.
         delta: z − 1 (1 or edited rows, rank) in float32; one row where all edited rows share it.
         merged: a layer of W' in place of the edit; None where there is none for these rows.
-        matrix: of the edit, packed for the kernels, or whole on a GPU for single tokens; None where there is none.
+        matrix: of the edit; None where there is none. All but the kernels' edit single tokens only.
         kernel: of the edit; matrix_kernel: of the packed matrix. Each is made when it is first used.
     """
 
@@ -33,7 +37,7 @@ class RowDeltas:
     edited: slice | Tensor
     delta: Tensor
     merged: FastLinear | None = None
-    matrix: "EditMatrix | PackedMatrix | None" = None
+    matrix: "Matrix | EditMatrix | None" = None
     kernel: RowEdit | None = None
     matrix_kernel: RowEdit | None = None
 

@@ -22,7 +22,7 @@ def edited(side: Tensor, rows: slice | Tensor, vectors: Tensor, delta: Tensor, b
     gradient = torch.is_grad_enabled() and (side.requires_grad or delta.requires_grad)
     if side.dtype == torch.bfloat16 and side.device.type == "cpu" and not has_bfloat16_arithmetic() and not gradient:
         before, vectors = before.float(), vectors.float()
-    return _with_rows(side, rows, _edit(before if bias is None else before - bias, vectors, delta))
+    return with_rows(side, rows, _edit(before if bias is None else before - bias, vectors, delta))
 
 
 def _edit(side: Tensor, vectors: Tensor, delta: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def _edit(side: Tensor, vectors: Tensor, delta: Tensor) -> Tensor:
     return coordinates.to(side.dtype) @ vectors
 
 
-def _with_rows(side: Tensor, rows: slice | Tensor, change: Tensor) -> Tensor:
+def with_rows(side: Tensor, rows: slice | Tensor, change: Tensor) -> Tensor:
     """`side` with `change` added to its rows; what the other rows hold is copied bit for bit."""
     if len(change) == len(side):
         return (side + change).to(side.dtype)
