@@ -183,8 +183,9 @@ class SpectralLinear(nn.Module):
 
         In float32 there is none: answers would not be the same alone and beside other mixtures, whose rows have none.
         """
-        by_torch = self.packed is None and self.device.type == "cpu" and self.vectors.dtype == torch.bfloat16
-        return by_torch or self.packed is not None
+        if self.packed is not None:
+            return True
+        return self.device.type == "cpu" and self.vectors.dtype == torch.bfloat16
 
     @property
     def matrix_bytes(self) -> int:

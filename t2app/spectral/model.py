@@ -149,9 +149,10 @@ class SpectralModel:
             if added >= _ENTRIES_AT_ONCE:
                 added = 0
                 yield
-        self._sums.append(_KeptMatrices(deltas, sums))
-        while len(self._sums) > 1 and sum(kept.nbytes for kept in self._sums) > _SUMS_BYTES:
-            del self._sums[0]
+        kept = [*self._sums, _KeptMatrices(deltas, sums)]
+        while len(kept) > 1 and sum(mixture.nbytes for mixture in kept) > _SUMS_BYTES:
+            kept = kept[1:]
+        self._sums = kept
 
     def has_matrices_of(self, deltas: Deltas) -> bool:
         """Whether they were made, and are kept."""
