@@ -36,7 +36,7 @@ def models(options: argparse.Namespace) -> None:
     """List the catalogue: what its models are, what they take, and which experts they have."""
     from t2app.machine import memory_bytes  # asks torch for that of GPUs
 
-    memory = memory_bytes()
+    available = memory_bytes()
     for entry in CATALOGUE.values():
         files = [*expert_files(entry.name), classifier_file(entry.name)]
         row = {
@@ -48,7 +48,7 @@ def models(options: argparse.Namespace) -> None:
             "parameters": entry.shape.parameters,
             "download_bytes": entry.download_bytes,
             "memory_bytes": {precision: entry.memory_bytes(precision) for precision in HELD_IN},
-            "fits": {precision: entry.fits(precision, memory) for precision in HELD_IN},
+            "fits": {precision: entry.fits(precision, available) for precision in HELD_IN},
             "experts": [file.stem for file in files if file is not None],
         }
         if options.json:
