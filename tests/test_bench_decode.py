@@ -142,8 +142,8 @@ def test_profile_prints_shares_that_make_a_whole_step():
 
 
 def test_decode_tells_what_a_new_mixture_waits_for_where_edits_are_by_matrices(model, tiny):
-    packed = all(layer.packed is not None for layer in model.adapted.layers.values())
-    assert [figure.figure for figure in new_mixture_figures(model)] == ["new_mixture"] * packed
+    by_matrices = all(layer.takes_matrix for layer in model.adapted.layers.values())
+    assert [figure.figure for figure in new_mixture_figures(model)] == ["new_mixture"] * by_matrices
     assert not list(new_mixture_figures(tiny)), "in fp32 there are none"
 
 

@@ -18,6 +18,7 @@ from t2app.kernels.build import (
     compiler_command,
     cpu_instructions,
     has_bfloat16_arithmetic,
+    has_kernels,
     has_tiles,
     kernel_folder,
 )
@@ -46,7 +47,7 @@ def kernel():
     """Has the kernel compiled and loaded, or skips where this machine would not use it."""
     model = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
     use_kernels(model, kernel_folder())
-    if not isinstance(model[0], FastLinear):
+    if not has_kernels():
         pytest.skip("this CPU has no AVX2, or there is no compiler")
 
 
@@ -631,17 +632,21 @@ def test_float32_models_keep_their_layers():
     assert model[0] is layer
 
 
-def test_machine_without_a_compiler_keeps_torchs_own_products(tmp_path):
+def test_machine_without_a_compiler_multiplies_by_torch(tmp_path):
     # In a process of its own: this one has loaded the kernels.
     script = """
 import sys
 from pathlib import Path
 import torch
 from torch import nn
+from t2app.kernels.linear import runs_by_kernels
 from t2app.kernels.model import use_kernels
-model = nn.Sequential(nn.Linear(16, 32, dtype=torch.bfloat16))
-use_kernels(model, Path(sys.argv[1]))
-print(type(model[0]) is nn.Linear)
+model = nn.Sequential(nn.Linear(48, 32, dtype=torch.bfloat16)).requires_grad_(False)
+inputs = [torch.randn(rows, 2, 48).bfloat16() for rows in (1, 4, 5, 40)]
+expected = [model.double()(x.double()) for x in inputs]
+use_kernels(model.bfloat16(), Path(sys.argv[1]))
+errors = [(model(x) - exact).norm() / exact.norm() for x, exact in zip(inputs, expected)]
+print(not runs_by_kernels(model) and bool(max(errors) < 2**-7))
 """
     folder, environment = tmp_path / "kernels", os.environ | {"CXX": str(tmp_path / "no-such-compiler")}
     ended = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, env=environment)

@@ -12,7 +12,7 @@ from t2app.bench.edit import _log_probabilities
 from t2app.decoding import collected, decode
 from t2app.experts import mix
 from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix
-from t2app.kernels.linear import has_fast_linears
+from t2app.kernels.linear import runs_by_kernels
 from t2app.messages import Sampling
 from t2app.models import model as models
 from t2app.models.model import Model, load_model
@@ -27,7 +27,7 @@ from t2app.spectral.plan import Matrix
 def by_kernels() -> Model:
     """The model as the app has it, not loaded for anybody else, where it runs by the kernels."""
     model = load_model(precision="bf16")
-    if not has_fast_linears(model.adapted.model):
+    if not runs_by_kernels(model.adapted.model):
         pytest.skip("this CPU has no AVX2, or there is no compiler")
     return model
 
@@ -93,7 +93,7 @@ def test_answers_by_matrices_are_the_adapted_models(real, model, adapted, expert
     whole(adapted.making_matrices(mixture))
     by_matrices = _log_probabilities(model, ids, forced, mixture)
     prompt_by_matrices = not torch.equal(by_matrices[0], by_vectors[0])
-    fast = has_fast_linears(model.adapted.model) and edits_fast_by_matrix(len(ids))
+    fast = runs_by_kernels(model.adapted.model) and edits_fast_by_matrix(len(ids))
     assert prompt_by_matrices == fast, "the prompt is edited in the slower way"
     assert not torch.equal(by_matrices[1:], by_vectors[1:]), "the matrices were not used for the answer"
     error, change = ((right.exp() * (right - found)).sum(1).mean() for found in (by_matrices, base))

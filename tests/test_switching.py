@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from t2app.engine import Engine, EngineError
-from t2app.kernels.linear import has_fast_linears
 from t2app.key_values import GrowingCache
 from t2app.loading import EngineLoader, LoadingError
 from t2app.messages import MANUAL, PROMPT, Finished, Sampling
@@ -145,8 +144,8 @@ def test_first_pass_is_made_fast_before_anybody_asks():
     loading = EngineLoader(DEFAULT_MODEL, "bf16")
     loading.start()
     adapted = loading.engine().model.adapted
-    if not has_fast_linears(adapted.model):
-        pytest.skip("this CPU has no AVX2, or there is no compiler")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU nothing is merged")
     deadline = time.monotonic() + 120
     while any(layer.merged is None for layer in adapted.layers.values()) and time.monotonic() < deadline:
         time.sleep(0.05)

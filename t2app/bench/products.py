@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from t2app.bench.figure import Figure, figure_of, seconds
-from t2app.kernels.build import has_tiles
+from t2app.kernels.build import has_kernels, has_tiles
 from t2app.kernels.edits import MatrixEdit, VectorEdit
-from t2app.kernels.linear import FastLinear, Kind
+from t2app.kernels.linear import Kind
 from t2app.models.model import load_model
 from t2app.spectral import SpectralLinear
 from t2app.spectral.products import edited
@@ -37,7 +37,7 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     ways = {"bf16": _bf16, "fp32": _fp32, "bf16_edit": _bf16_edit}
     if layers[0].in_basis is not None:
         ways["factors"] = _factors
-    if any(isinstance(layer.base, FastLinear) for layer in layers):
+    if has_kernels():
         for kind in Kind if has_tiles() else (Kind.FEW, Kind.MANY):
             name = kind.name.lower()
             ways[name] = partial(_kernel, kind)

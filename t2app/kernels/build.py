@@ -75,13 +75,18 @@ def _ahead(folder: Path) -> Future[bool]:
     return ThreadPoolExecutor(1).submit(load_kernels, folder)
 
 
+def has_kernels() -> bool:
+    """Whether the kernels were loaded."""
+    return hasattr(torch.ops.t2app, "decode")
+
+
 def load_kernels(folder: Path) -> bool:
     """Make the kernels available; False where the CPU lacks AVX2 or nothing can be compiled.
 
     Args:
         folder: where the compiled ones are kept, for a process that has not loaded any.
     """
-    return hasattr(torch.ops.t2app, "decode") or _loaded_from(folder)
+    return has_kernels() or _loaded_from(folder)
 
 
 @cache

@@ -2,9 +2,9 @@
 
 Decoding multiplies one or two rows by every weight of the model: a kernel for few rows reads weights as fast as memory
 gives them. Another one is for more rows, up to the tokens of a prompt, and a third one where the CPU multiplies tiles
-(AMX); for more torch is right. Where the CPU does not multiply bfloat16 itself, the second one rounds to integers of 16
-bits, and torch takes one row at a time, so that its product goes through a float32 copy of the weight that lives for
-one product. `bench products` measures all of these.
+(AMX); for more torch is right, and for all where there are no kernels. Where the CPU does not multiply bfloat16 itself,
+the second one rounds to integers of 16 bits, and torch takes one row at a time, so that its product of many goes by a
+float32 copy of the weight that lives for one product. `bench products` measures all of these.
 """
 
 from enum import IntEnum
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_tiles
+from t2app.kernels.build import WIDTH, has_bfloat16_arithmetic, has_kernels, has_tiles
 from t2app.kernels.edits import RowEdit
 
 
@@ -33,6 +33,8 @@ class Kind(IntEnum):
 _FEW_ROWS = 4
 _MANY_ROWS_BESIDE_TILES = 2
 MANY_ROWS = 256
+# Up to how many rows torch multiplies faster one at a time than by a copy of the weight.
+_ROWS_IN_TURN = 8
 # What rows divide by where bfloat16 is multiplied as it is.
 _BFLOAT16_WIDTH = 2 * WIDTH
 
@@ -70,13 +72,17 @@ def edits_fast(tokens: int) -> bool:
 
 
 class FastLinear(nn.Linear):
-    """A linear layer that multiplies by the kernels; it shares its weight and bias with the layer it stands for."""
+    """A linear layer that multiplies by the kernels, where there are any, or by what of torch is the fastest.
+
+    It shares its weight and bias with the layer it stands for.
+    """
 
     in_use = None  # where a plan would be looked up, which a `SpectralLinear` does
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
+        self.by_kernels = has_kernels()
         self._kernels: dict[Kind, Layer] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +92,7 @@ class FastLinear(nn.Linear):
         if kernel is not None:
             return kernel(x)
         rows = x.reshape(-1, x.shape[-1])
-        if has_bfloat16_arithmetic():
+        if has_bfloat16_arithmetic() or len(rows) <= _ROWS_IN_TURN:
             y = F.linear(rows, self.weight, self.bias)
         else:
             bias = None if self.bias is None else self.bias.float()
@@ -95,7 +101,7 @@ class FastLinear(nn.Linear):
 
     def kernel_for(self, tokens: int) -> Layer | None:
         """The fastest kernel for so many tokens of all rows together; None where there is none."""
-        kind = _fastest_kernel(tokens, self.in_features)
+        kind = _fastest_kernel(tokens, self.in_features) if self.by_kernels else None
         return None if kind is None else self.kernel(kind)
 
     def edited_layer(self, rows: int, tokens: int) -> EditedLayer | None:
@@ -110,9 +116,9 @@ class FastLinear(nn.Linear):
         return self._kernels[kind]
 
 
-def has_fast_linears(model: nn.Module) -> bool:
-    """Whether a model runs by the kernels; one of 4 bits does so in its output layer alone."""
-    return any(isinstance(layer, FastLinear) for layer in model.modules())
+def runs_by_kernels(model: nn.Module) -> bool:
+    """Whether a model does; one of 4 bits does so in its output layer alone."""
+    return any(isinstance(layer, FastLinear) and layer.by_kernels for layer in model.modules())
 
 
 def use_fast_linears(model: nn.Module) -> None:

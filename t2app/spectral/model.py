@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from t2app.kernels.linear import FastLinear, has_fast_linears
+from t2app.kernels.linear import FastLinear, runs_by_kernels
 from t2app.machine import can_spare, gpu_can_spare
 from t2app.parts import Parts
 from t2app.spectral.basis import Basis
@@ -53,7 +53,7 @@ class SpectralModel:
         self._in_use = PlanInUse()
         self._made: list[_KeptMatrices] = []
         self._sums: list[_KeptMatrices] = []  # those used last come last
-        by_kernels = has_fast_linears(model)
+        by_kernels = runs_by_kernels(model)
         for path, basis in bases.items():
             layer = linear_layer(model, path)
             if min(layer.in_features, layer.out_features) != basis.rank:
@@ -102,7 +102,7 @@ class SpectralModel:
     def merging(self, deltas: Deltas) -> Parts[None]:
         """Keep the weights of a mixture that all rows of many batches will have, a layer a part.
 
-        Such a batch then costs what the plain model's does. Layers that do not run by the kernels stay as they are.
+        Such a batch then costs what the plain model's does. Layers that are no `FastLinear` stay as they are.
         """
         for path in self._mergeable(deltas):
             self.layers[path].merge(deltas[path])
