@@ -26,7 +26,7 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     weight that lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those
     with `all` all of them; `factors` does that too, by the weight in the basis. Those with `matrix` edit the last half
     by the matrix of one z. What is best here decides nothing: the choices are in `spectral/layer.py`,
-    `kernels/linear.py` and `models.resolve_precision`, made on this.
+    `kernels/linear.py` and `resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.
