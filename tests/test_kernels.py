@@ -352,7 +352,7 @@ def test_matrix_that_is_not_whole_is_refused():
 @pytest.mark.parametrize("narrow", [16, 64, 576])
 @pytest.mark.parametrize("factors", [[1.0], [0.6, -0.3], [0.5, 0.3, 0.0, 2.0]])
 @pytest.mark.parametrize("threads", [1, 2, 5], indirect=True)
-def test_edit_by_a_sum_of_packed_is_as_exact_as_its_roundings(narrow, factors, threads):
+def test_edit_by_a_sum_of_matrices_is_as_exact_as_its_roundings(narrow, factors, threads):
     side, rows = random(3, 1, narrow), slice(0, 3)
     vectors = torch.linalg.qr(random(narrow, narrow).float()).Q
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from t2app import machine
 from t2app.bench.edit import _log_probabilities
 from t2app.decoding import collected, decode
 from t2app.experts import mix
-from t2app.kernels.edits import MatrixEdit, VectorEdit, edits_fast_by_matrix
+from t2app.kernels.edits import MatrixEdit, PackedMatrix, VectorEdit, edits_fast_by_matrix
 from t2app.kernels.linear import runs_by_kernels
 from t2app.messages import Sampling
 from t2app.models import model as models
@@ -204,6 +204,8 @@ def test_matrices_of_a_mixture_are_added_up_where_all_of_it_have_theirs(adapted)
     assert adapted.has_matrices_of(mixture)
     with adapted.rows([None, mixture]):
         assert all(layer.rows.matrix is not None for layer in adapted.layers.values())
+    if runs_by_kernels(adapted.model):
+        assert edited_by_matrices(adapted, [None, mixture], 1)
 
 
 def test_matrices_of_a_mixture_that_has_an_expert_in_some_layers_are_added_up_there(adapted):
@@ -215,6 +217,8 @@ def test_matrices_of_a_mixture_that_has_an_expert_in_some_layers_are_added_up_th
     matrices = adapted._matrices_of(mixture).by_layer
     for path in (some[0], last):
         right, side = adapted.layers[path].matrix(mixture[path]), torch.randn(1, 1, adapted.layers[path].rank)
+        if isinstance(right, PackedMatrix):
+            assert torch.allclose(matrices[path].diagonal, right.diagonal)
         found, expected = (change_by(matrix, side.bfloat16()) for matrix in (matrices[path], right))
         assert (found - expected).norm() < 0.02 * expected.norm()
     assert matrices.keys() == first.keys()
