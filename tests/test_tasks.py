@@ -1,19 +1,27 @@
 """Tasks: what their splits hold and which answers they take for right."""
 
 import re
+import sys
 from collections import Counter
 
+import gradio as gr
 import pytest
 
 from t2app.categories import LABELS
+from t2app.loading import EngineLoader
+from t2app.models.catalogue import DEFAULT_MODEL
 from t2app.tasks import SPLITS, Example
+from t2app.tasks.benchmark_data import DataError
 from t2app.tasks.registry import TASKS, task_named
 from t2app.tasks.shots import Shots, shots_of_file
 from t2app.tasks.union import Union
+from t2app.ui.search import build_search_tab
 
 ARITHMETIC = TASKS["arithmetic"]
 # The tasks that make their own examples.
 PROCEDURAL = ("arithmetic", "reasoning-basics", "code-basics")
+CHECKED_HERE = ("arithmetic", "reasoning-basics")
+PUZZLES = ("chain-sum", "letter-counting", "needle")
 OPERATOR_WORDS = {"+": r"\+|plus|add", "-": r" - |minus|subtract|take", "*": r"×|\*|times|multipl"}
 RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 LARGEST = {"+": 20, "-": 20, "*": 10}
@@ -238,7 +246,7 @@ def test_dispatch_task_takes_the_first_word_of_an_answer(answer, right):
     assert TASKS["dispatch"].is_right(Example("", "math", "math", LABELS), answer) is right
 
 
-@pytest.mark.parametrize("name", ["chain-sum", "letter-counting", "needle"])
+@pytest.mark.parametrize("name", PUZZLES)
 def test_puzzles_of_a_split_are_always_the_same_and_in_no_other_split(name):
     task = TASKS[name]
     prompts = {split: [example.prompt for example in task.examples(split)] for split in SPLITS}
@@ -247,6 +255,23 @@ def test_puzzles_of_a_split_are_always_the_same_and_in_no_other_split(name):
     assert len(set().union(*prompts.values())) == sum(map(len, prompts.values()))
     for example in task.examples("test"):
         assert task.is_right(example, f"It is {example.answer}.") and not task.is_right(example, "No idea")
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+def test_puzzles_without_the_library_that_makes_them_say_how_to_get_it(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(DataError, match=f"'{name}' .* `pip install reasoning-gym`"):
+        task_named(name).examples("test")
+
+
+@pytest.mark.parametrize(("installed", "offered"), [(True, [*PUZZLES, *CHECKED_HERE]), (False, [*CHECKED_HERE])])
+def test_page_offers_puzzles_where_the_library_is_that_makes_them(monkeypatch, installed, offered):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with gr.Blocks() as page:
+        build_search_tab(EngineLoader(DEFAULT_MODEL, "fp32"), gr.Radio())
+    [task] = [block for block in page.blocks.values() if isinstance(block, gr.Dropdown)]
+    assert [name for name, _ in task.choices] == offered and task.value == offered[0]
 
 
 def test_puzzle_that_asks_for_a_name_takes_that_name_alone():

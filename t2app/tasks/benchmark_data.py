@@ -21,7 +21,7 @@ _VALIDATION_EVERY = 10
 
 
 class DataError(ValueError):
-    """Benchmark data cannot be had; the message says where it was looked for and what to do."""
+    """A task's data cannot be had; the message says where it was looked for and what to do."""
 
 
 def rows(dataset: str, config: str, split: str) -> list[dict]:

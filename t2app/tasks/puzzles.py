@@ -2,13 +2,18 @@
 
 Of fourteen families these are the ones that the embedded model and its experts sometimes get right, on 60 examples to
 train on. Every split has a seed of its own, and leaves out the questions of the splits before it.
+
+The library is no requirement of the app: one that it needs itself (pycosat) comes as source alone, so that a C compiler
+and Python's headers are needed to install it.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 
 from t2app.categories import CATEGORIES
+from t2app.tasks.benchmark_data import DataError
 from t2app.tasks.numbers import last_number
 from t2app.tasks.procedural import check_split
 from t2app.tasks.task import Example
@@ -34,8 +39,18 @@ class Puzzles:
         self._family = (dataset, tuple(settings.items()))
 
     def examples(self, split: str) -> Sequence[Example]:
-        """See `Task.examples`; raises ValueError where there is no such split."""
+        """See `Task.examples`.
+
+        Raises:
+            ValueError: there is no such split.
+            DataError: reasoning-gym is not installed.
+        """
         check_split(split)
+        if not has_reasoning_gym():
+            raise DataError(
+                f"the examples of '{self.name}' are made by reasoning-gym, which is not installed; `pip install "
+                "reasoning-gym` does it where there are a C compiler and Python's headers"
+            )
         return _examples(*self._family)[split]
 
     def is_right(self, example: Example, answer: str) -> bool:
@@ -49,6 +64,11 @@ PUZZLES = (
     Puzzles("letter-counting", "reasoning", "letter_counting", {"min_words": 2, "max_words": 4}),
     Puzzles("needle", "reasoning", "needle_haystack", {"min_num_statements": 3, "max_num_statements": 5}),
 )
+
+
+def has_reasoning_gym() -> bool:
+    """Whether the library is installed that makes these tasks' examples."""
+    return find_spec("reasoning_gym") is not None
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,16 @@ from t2app.found_mixtures import MixtureError, check_name, mixture_file, write_m
 from t2app.loading import EngineLoader
 from t2app.messages import EXACT, LIKELIHOOD, SCORES, Reevaluated, Searched, SearchSettings, Waiting, few_shot
 from t2app.tasks.arithmetic import Arithmetic
-from t2app.tasks.puzzles import PUZZLES
+from t2app.tasks.puzzles import PUZZLES, has_reasoning_gym
 from t2app.tasks.reasoning import ReasoningBasics
 from t2app.tasks.shots import Shots, pick_shots
+from t2app.tasks.task import Task
 from t2app.ui.answer import dispatch_choices
 from t2app.ui.updates import failure, run_buttons
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
 
-# Those that make their own examples and whose answers are checked without running them.
-_TASKS = {task.name: task for task in (*PUZZLES, Arithmetic(), ReasoningBasics())}
 _SHOTS = 10
 _MOST_SHOTS = 50
 _SCORE_TITLES = {
@@ -56,8 +56,9 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
         "tried on all of them, the best ones say where to try next. The search is paid once: what it finds is kept by "
         "name, and every later prompt can use it at no cost."
     )
+    tasks = _tasks()
     with gr.Row():
-        task = gr.Dropdown(list(_TASKS), value=next(iter(_TASKS)), label="Examples of a task", min_width=160)
+        task = gr.Dropdown(list(tasks), value=next(iter(tasks)), label="Examples of a task", min_width=160)
         fill = gr.Button("Fill in", min_width=100, elem_id="fill")
     shots = gr.Dataframe(
         headers=["prompt", "answer"],
@@ -95,7 +96,7 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
         sessions.stopping.add(request.session_hash)
         return gr.update(interactive=False), "Stopping after this round…"
 
-    fill.click(_examples, inputs=task, outputs=[shots, status], api_visibility="private")
+    fill.click(partial(_examples, tasks), inputs=task, outputs=[shots, status], api_visibility="private")
     gr.on(
         [search.click, name.submit],
         run,
@@ -109,9 +110,15 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
     stop.click(stop_after_this_round, outputs=[stop, status], queue=False, api_visibility="private")
 
 
-def _examples(task: str) -> tuple[list[list[str]], str]:
+def _tasks() -> dict[str, Task]:
+    """Those that make their own examples here and whose answers are checked without running them, by name."""
+    made_here = (*(PUZZLES if has_reasoning_gym() else ()), Arithmetic(), ReasoningBasics())
+    return {task.name: task for task in made_here}
+
+
+def _examples(tasks: Mapping[str, Task], task: str) -> tuple[list[list[str]], str]:
     """Solved examples of a task to train on."""
-    shots = pick_shots(_TASKS[task], _SHOTS, seed=0)
+    shots = pick_shots(tasks[task], _SHOTS, seed=0)
     return [
         [shot.prompt, shot.solution] for shot in shots
     ], f"{len(shots)} examples of {task}. Change them as you like."
