@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from t2app.messages import Dispatched, Finished, Token, Waiting
+from t2app.loading import EngineLoader
+from t2app.messages import DEFAULT_DISPATCH, Dispatched, Finished, Token, Waiting
+from t2app.models.catalogue import DEFAULT_MODEL
 from t2app.ui import answer
-from t2app.ui.answer import _UPDATE_SECONDS, _AnswerView
+from t2app.ui.answer import _UPDATE_SECONDS, _answer, _AnswerView
 
 OUTPUTS = ("answer", "stop", "status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base")
 
@@ -71,7 +74,7 @@ def test_what_fails_shows_the_tokens_before_it(clock):
     view, _ = dispatched()
     view.event(Token("base", "A", 1, 0.1))
     view.event(Token("base", " b", 2, 0.11))
-    update = shown(view.failed("⚠️ Something."))
+    update = shown(view.ended("⚠️ Something."))
     assert update["base"] == "A b" and update["status"] == "⚠️ Something."
 
 
@@ -85,3 +88,12 @@ sys.setprofile(None)
 sys.exit(bool(parsed) or inspect.getfile is not own)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_answer_that_waits_for_the_model_ends_once_it_is_stopped():
+    stopped = threading.Event()
+    never_there = EngineLoader(DEFAULT_MODEL, "fp32")
+    updates = _answer(never_there, [], None, stopped, "Hello", DEFAULT_DISPATCH, (8, 0.0, 1.0, 0), None, ())
+    assert shown(next(updates))["status"] == "Reading the prompt…"
+    stopped.set()
+    assert [shown(update) for update in updates] == [{"status": "Stopped."}]

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from t2app.bench.served_app import served_app
 from t2app.found_mixtures import mixture_file, read_mixture
 from t2app.models.catalogue import DEFAULT_MODEL, expert_files
+from t2app.ui.answer import EXAMPLES
 
 SUM = "Compute 12 + 7. Reply with only the number."
 LONG = "Write a long story about a fox that learns to count."
@@ -317,6 +318,16 @@ def test_search_does_not_take_the_place_of_a_mixture_that_somebody_else_kept(pag
         assert kept.read_text() == "somebody else's"
     finally:
         kept.unlink()
+
+
+def test_example_is_answered_once_it_is_chosen_also_in_place_of_another_answer(page):
+    ask(page, LONG)
+    expect(page.locator("#adapted")).not_to_be_empty()
+    label, prompt = next(iter(EXAMPLES.items()))
+    page.get_by_role("button", name=label).click()
+    expect(page.locator("#adapted")).to_contain_text("= 6")
+    wait_until_finished(page)
+    assert page.get_by_label("Prompt", exact=True).input_value() == prompt
 
 
 def test_search_without_examples_gets_a_sentence(page):

@@ -1,13 +1,16 @@
 """The tab that answers a prompt: layout first, top to bottom as a person sees it, then the wiring.
 
 Which dispatch decides is the choice in the settings, and nowhere else: moving a slider chooses `manual`, the button
-under the sliders gives the choice back. Once a slider is let go of, the prompt is answered again.
+under the sliders gives the choice back. Once a slider is let go of, the prompt is answered again, and an example is
+answered once it is chosen.
 """
 
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,38 +35,36 @@ from t2app.messages import (
 )
 from t2app.models.catalogue import CATALOGUE, expert_files
 from t2app.pictures import read_picture
+from t2app.ui import answering
 from t2app.ui.updates import failure, run_buttons
 
-EXAMPLES = (
-    "What is 19 minus 13? Answer with just the number.",
-    "Kate is taller than Ben. Ben is taller than Iris. Who is the shortest? Reply with only the name.",
-    "Find the odd one out among apple, hammer, pear, plum. Give only the word.",
-    "Write a Python function `f(numbers)` that takes a list of whole numbers and returns the list of the even elements "
-    "of `numbers`.",
-    "Write a short poem about the sea.",
-)
+# By what their buttons say.
+EXAMPLES = {
+    "19 minus 13": "What is 19 minus 13? Answer with just the number.",
+    "Who is the shortest?": "Kate is taller than Ben. Ben is taller than Iris. Who is the shortest? Reply with only "
+    "the name.",
+    "The odd one out": "Find the odd one out among apple, hammer, pear, plum. Give only the word.",
+    "A Python function": "Write a Python function `f(numbers)` that takes a list of whole numbers and returns the list "
+    "of the even elements of `numbers`.",
+    "A poem": "Write a short poem about the sea.",
+}
 MAX_PROMPT_CHARACTERS = 20_000
 # An update of the page takes as long as a token: with one for each, answers took 2.5 times as long (`bench page`).
 _UPDATE_SECONDS = 0.1
 # Each holds one of the 40 threads that Gradio has for all that the page does, whether it is answered or waits.
 _ANSWERS_AT_A_TIME = 32
-# The JavaScript of a handler that has the prompt answered anew, if there is one, as a person would: by the buttons. It
-# waits, in milliseconds, until the slider's weight is known to the page, or until Gradio (6.31) has let go of what it
-# stopped: an answer that is begun sooner ends with the former one.
-_PRESS_AGAIN = """(prompt) => {
-  const [answer, stop] = ["#answer", "#stop"].map((button) => document.querySelector(button));
-  const press = (wait) => setTimeout(() => (answer.disabled ? press(wait) : answer.click()), wait);
-  if (!prompt.trim()) return;
-  const wait = stop.disabled ? 100 : 500;
-  if (!stop.disabled) stop.click();
-  press(wait);
-}"""
+# How often an answer that waits for the model looks whether it shall stop.
+_LOADING_SECONDS = 0.3
 _DISPATCH_TITLES = {
     CLASSIFIER: "Classifier: an expert trained for it names the category",
     PROMPT: "Prompt: the base model names the category",
     PROMPT_SOFT: "Prompt, soft: the base model's probabilities are the weights",
     MANUAL: "By hand: the sliders decide",
 }
+
+
+class _Stopped(Exception):
+    """Somebody stopped the answer."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
     # Gradio would read the file itself, and end in a bare "Error" where it holds no picture. An update of the component
     # would undo this, so that what is shown and hidden is its place.
     picture.preprocess = lambda data: None if data is None else data.path
-    gr.Examples([[example] for example in EXAMPLES], inputs=prompt, label="Examples")
+    examples = gr.Examples([*EXAMPLES.values()], inputs=prompt, label="Examples", example_labels=[*EXAMPLES])
     with gr.Row():
         answer = gr.Button("Answer", variant="primary", min_width=120, elem_id="answer")
         stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120, elem_id="stop")
@@ -169,6 +170,9 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the draws where the temperature is not 0")
         facts = gr.Markdown("The model is loading.", elem_id="facts")
 
+    # By which an answer is stopped, by the session that it is written for.
+    stops: dict[str | None, threading.Event] = {}
+
     # Handlers that ask who calls cannot be `partial`s.
     def run_prompt(
         request: gr.Request,
@@ -181,8 +185,16 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         picture: str | None = None,
         *weights: float,
     ) -> Iterator[list]:
-        settings = (max_new_tokens, temperature, top_p, seed)
-        yield from _answer(loader, list(sliders), request.session_hash, prompt, dispatch, settings, picture, weights)
+        settings, session = (max_new_tokens, temperature, top_p, seed), request.session_hash
+        stopped = stops[session] = threading.Event()
+        try:
+            yield from _answer(loader, list(sliders), session, stopped, prompt, dispatch, settings, picture, weights)
+        finally:
+            stops.pop(session, None)
+
+    def stop_answer(request: gr.Request) -> None:
+        if stopped := stops.get(request.session_hash):
+            stopped.set()
 
     answers = (adapted, adapted_statistics, base, base_statistics)
     run = gr.on(
@@ -190,16 +202,21 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         run_prompt,
         inputs=[prompt, dispatch, max_new_tokens, temperature, top_p, seed, picture, *sliders.values()],
         outputs=[answer, stop, status, bars, reasons, changes, *answers, *sliders.values()],
+        js=answering.BEGIN,
         api_name="answer",
         show_progress="hidden",
         trigger_mode="once",
         concurrency_limit=_ANSWERS_AT_A_TIME,
     )
-    stop.click(_stopped, outputs=[answer, stop, status], cancels=run, queue=False, api_visibility="private")
+    run.then(js=answering.END)
+    stop.click(js=answering.STOP, inputs=status, outputs=status)
+    # Gradio's own way to cancel shows an "Error" where an answer is begun soon after another one was stopped (6.31).
+    stop.click(stop_answer, queue=False, api_visibility="private")
+    examples.load_input_event.then(js=answering.ANSWER, inputs=prompt)
     # Chosen in the browser: a prompt sent right after a slider was moved would be on its way before a server's reply.
     for slider in sliders.values():
         slider.input(js=_constant(MANUAL), outputs=dispatch)
-        slider.release(js=_PRESS_AGAIN, inputs=prompt)
+        slider.release(js=answering.ANSWER, inputs=prompt)
     give_back.click(js=_constant(DEFAULT_DISPATCH), outputs=dispatch)
     return AnswerTab(picture_place, status, facts, dispatch, bars, sliders, answers)
 
@@ -224,6 +241,7 @@ def _answer(
     loader: EngineLoader,
     experts: Sequence[str],
     session: str | None,
+    stopped: threading.Event,
     prompt: str,
     dispatch: str,
     settings: tuple[float, float, float, float | None],
@@ -233,9 +251,15 @@ def _answer(
     """Update the page with every event of the answer; whatever goes wrong ends as a sentence in the status line.
 
     Args:
+        stopped: ends the answer once it is set.
         settings: longest answer in tokens, temperature, top-p and seed, as the page has them.
     """
     page = _AnswerView(experts, moves_sliders=dispatch != MANUAL)
+
+    def go_on() -> None:
+        if stopped.is_set():
+            raise _Stopped
+
     try:
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
@@ -243,7 +267,8 @@ def _answer(
             )
         image = None if picture is None else read_picture(Path(picture).read_bytes())
         yield page.running("Reading the prompt…")
-        engine = loader.engine()
+        while (engine := loader.engine(_LOADING_SECONDS)) is None:
+            go_on()
         # Another window of this page may have chosen another model meanwhile: only its own experts take part.
         names = {expert.name for expert in engine.model.experts}
         given = {name: weight for name, weight in zip(experts, weights, strict=True) if name in names}
@@ -251,11 +276,15 @@ def _answer(
         dispatcher = engine.dispatcher(dispatch, by_hand, session)
         max_new_tokens, temperature, top_p, seed = settings
         sampling = Sampling(int(max_new_tokens), temperature, top_p, int(seed or 0))
-        for event in engine.answer(prompt, dispatcher, sampling, image, session):
-            if (update := page.event(event)) is not None:
-                yield update
+        with closing(engine.answer(prompt, dispatcher, sampling, image, session)) as events:
+            for event in events:
+                go_on()
+                if (update := page.event(event)) is not None:
+                    yield update
+    except _Stopped:
+        yield page.ended("Stopped.")
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
-        yield page.failed(failure(error, "an answer"))
+        yield page.ended(failure(error, "an answer"))
 
 
 class _AnswerView:
@@ -279,7 +308,7 @@ class _AnswerView:
         self._status = status
         return self._update(running=True, status=status)
 
-    def failed(self, sentence: str) -> list:
+    def ended(self, sentence: str) -> list:
         return self._update(running=False, status=sentence)
 
     def event(self, event: Event) -> list | None:
@@ -295,7 +324,7 @@ class _AnswerView:
         tokens = "1 token" if event.tokens == 1 else f"{event.tokens} tokens"
         statistics = f"{tokens} · {event.seconds:.1f} s · {event.tokens / event.seconds:.1f} tokens/s"
         self._kept |= {event.stream: self._texts[event.stream], f"{event.stream}_statistics": statistics}
-        # Never else: an update on its way when somebody stops the answer would take the place of "Stopped."
+        # Never else: it would take the place of "Stopping…".
         if self._waiting:
             self._kept["status"], self._waiting = self._status, False
         now = time.monotonic()
@@ -343,7 +372,3 @@ def _describe(event: Dispatched) -> str:
     confidence = f" · {event.probabilities[event.label]:.0%} sure" if event.probabilities else ""
     note = f" · {event.note}" if event.note else ""
     return f"Detected task: **{event.label}**{confidence} · first pass {event.seconds:.2f} s{note}"
-
-
-def _stopped() -> list:
-    return [*run_buttons(running=False), "Stopped."]

@@ -23,6 +23,7 @@ CSS = """
 #adapted { border-left: 4px solid var(--primary-500); }
 #base { border-left: 4px solid var(--neutral-400); }
 #adapted-statistics, #base-statistics { font-size: 0.85rem; opacity: 0.8; min-height: 1.4rem; }
+#model input { padding-right: 1.5rem; text-overflow: ellipsis; }
 #status, #search-status { min-height: 1.8rem; }
 .js-plotly-plot text { fill: var(--body-text-color) !important; }
 """
@@ -119,7 +120,7 @@ def _model_title(name: str) -> str:
     if entry is None:
         return title_of(name)
     gated = ", for those who have accepted its licence" if entry.gated else ""
-    return f"{entry.title} ({entry.licence}{gated}, download {entry.download_bytes / 1e9:.1f} GB)"
+    return f"{entry.title} ({entry.licence}{gated}, {entry.download_bytes / 1e9:.1f} GB)"
 
 
 def _facts(engine: "Engine", experts_of: str | None) -> str:
