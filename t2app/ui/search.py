@@ -64,12 +64,12 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
         headers=["prompt", "answer"],
         value=[["", ""]],
         type="array",
-        column_count=2,
-        column_limits=(2, 2),
+        # In place of `column_limits`, which Gradio (6.31) does not heed yet.
+        column_count=(2, "fixed"),
         column_widths=["75%", "25%"],
         wrap=True,
         interactive=True,
-        label="Solved examples: a prompt and the answer that is expected",
+        label="Solved examples: a prompt and the answer that is expected (⋮ in a cell adds a row)",
         elem_id="shots",
     )
     with gr.Row():
