@@ -33,6 +33,11 @@ def check_weights(dispatch: str, weights: Mapping[str, float] | None) -> None:
         raise ValueError(f"weights belong to the manual dispatch; the {dispatch} dispatch decides them itself")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed is {seed}; a whole number from 0 on was expected, below 2^63")
+
+
 def mixture_name(dispatch: str) -> str | None:
     """The name of the kept mixture that a dispatch stands for, None where it is another dispatch."""
     way, colon, name = dispatch.partition(":")
@@ -59,6 +64,7 @@ class Sampling:
             raise ValueError(f"temperature is {self.temperature}; 0 (greedy) or more was expected")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; more than 0 and at most 1 was expected")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ class SearchSettings:
             raise ValueError(f"rounds is {self.rounds}; at least 1 was expected")
         if self.score not in SCORES:
             raise ValueError(f"there is no score '{self.score}'; choose one of {', '.join(SCORES)}")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)

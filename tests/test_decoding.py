@@ -190,6 +190,8 @@ def test_inference_mode_does_not_leak_to_the_reader_of_a_stream(real, prompts):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0; more than 0"),
         ({"top_p": 1.1}, "top_p is 1.1; more than 0 and at most 1"),
+        ({"seed": -1}, "the seed is -1; a whole number from 0 on"),
+        ({"seed": 2**63}, "the seed is 9223372036854775808; .* below 2"),
     ],
 )
 def test_sampling_out_of_range_is_refused(settings, message):

@@ -330,6 +330,20 @@ def test_example_is_answered_once_it_is_chosen_also_in_place_of_another_answer(p
     assert page.get_by_label("Prompt", exact=True).input_value() == prompt
 
 
+def test_seed_that_is_none_gets_a_sentence_and_the_next_prompt_an_answer(page):
+    ask(page, SUM)
+    expect(page.locator("#adapted")).to_contain_text("= 19")
+    wait_until_finished(page)
+    set_setting(page, "Seed", "-5")
+    ask(page, SUM)
+    expect(page.locator("#status")).to_contain_text("⚠️ the seed is -5")
+    wait_until_finished(page)
+    assert "= 19" in text(page, "adapted")
+    set_setting(page, "Seed", "5")
+    page.get_by_role("button", name=next(iter(EXAMPLES))).click()
+    expect(page.locator("#adapted")).to_contain_text("= 6")
+
+
 def test_search_without_examples_gets_a_sentence(page):
     page.get_by_role("tab", name="Search a mixture").click()
     page.locator("#search").click()

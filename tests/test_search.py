@@ -354,6 +354,7 @@ def test_search_by_layer_finds_a_weight_for_each_expert_and_block(model):
     ("settings", "sentence"),
     [
         ({"population": 1}, "population is 1; at least 2"),
+        ({"seed": -1}, "the seed is -1; a whole number from 0 on"),
         ({"population": 2}, "so more was expected"),
         ({"elite_fraction": 0}, "elite_fraction is 0"),
         ({"rounds": 0}, "rounds is 0"),

@@ -167,7 +167,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
             0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest token"
         )
         top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p")
-        seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="Of the draws where the temperature is not 0")
+        seed = gr.Number(0, precision=0, label="Seed", info="Of the draws where the temperature is not 0")
         facts = gr.Markdown("The model is loading.", elem_id="facts")
 
     # By which an answer is stopped, by the session that it is written for.

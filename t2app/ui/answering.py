@@ -8,7 +8,7 @@ knows.
 # Before an answer is asked for: what it is asked with, unchanged.
 BEGIN = "(...inputs) => { window.answering = true; return inputs; }"
 
-# Once it has ended, however it did.
+# Once it has ended.
 END = """() => {
   window.answering = false;
   if (window.answerAgain) window.pressAnswer();

@@ -75,7 +75,7 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
     with gr.Row():
         name = gr.Textbox("mine", label="Keep the mixture as", min_width=160, elem_id="name")
         rounds = gr.Slider(1, SearchSettings.rounds, value=8, step=1, label="Rounds at most")
-        seed = gr.Number(0, precision=0, minimum=0, label="Seed", min_width=100)
+        seed = gr.Number(0, precision=0, label="Seed", min_width=100)
     score = gr.Radio([(_SCORE_TITLES[score], score) for score in SCORES], value=SearchSettings.score, label="Score")
     per_layer = gr.Checkbox(False, label="A weight for each expert and block, not for each expert")
     with gr.Row():
