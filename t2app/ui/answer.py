@@ -36,7 +36,7 @@ from t2app.messages import (
 from t2app.models.catalogue import CATALOGUE, expert_files
 from t2app.pictures import read_picture
 from t2app.ui import answering
-from t2app.ui.updates import failure, run_buttons
+from t2app.ui.updates import LOAD_POLL_SECONDS, Stops, failure, run_buttons
 
 # By what their buttons say.
 EXAMPLES = {
@@ -53,8 +53,6 @@ MAX_PROMPT_CHARACTERS = 20_000
 _UPDATE_SECONDS = 0.1
 # Each holds one of the 40 threads that Gradio has for all that the page does, whether it is answered or waits.
 _ANSWERS_AT_A_TIME = 32
-# How often an answer that waits for the model looks whether it shall stop.
-_LOADING_SECONDS = 0.3
 _DISPATCH_TITLES = {
     CLASSIFIER: "Classifier: an expert trained for it names the category",
     PROMPT: "Prompt: the base model names the category",
@@ -170,8 +168,7 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         seed = gr.Number(0, precision=0, label="Seed", info="Of the draws where the temperature is not 0")
         facts = gr.Markdown("The model is loading.", elem_id="facts")
 
-    # By which an answer is stopped, by the session that it is written for.
-    stops: dict[str | None, threading.Event] = {}
+    stops = Stops()
 
     # Handlers that ask who calls cannot be `partial`s.
     def run_prompt(
@@ -186,15 +183,11 @@ def build_answer_tab(loader: EngineLoader) -> AnswerTab:
         *weights: float,
     ) -> Iterator[list]:
         settings, session = (max_new_tokens, temperature, top_p, seed), request.session_hash
-        stopped = stops[session] = threading.Event()
-        try:
+        with stops.of(session) as stopped:
             yield from _answer(loader, list(sliders), session, stopped, prompt, dispatch, settings, picture, weights)
-        finally:
-            stops.pop(session, None)
 
     def stop_answer(request: gr.Request) -> None:
-        if stopped := stops.get(request.session_hash):
-            stopped.set()
+        stops.stop(request.session_hash)
 
     answers = (adapted, adapted_statistics, base, base_statistics)
     run = gr.on(
@@ -267,7 +260,7 @@ def _answer(
             )
         image = None if picture is None else read_picture(Path(picture).read_bytes())
         yield page.running("Reading the prompt…")
-        while (engine := loader.engine(_LOADING_SECONDS)) is None:
+        while (engine := loader.engine(LOAD_POLL_SECONDS)) is None:
             go_on()
         # Another window of this page may have chosen another model meanwhile: only its own experts take part.
         names = {expert.name for expert in engine.model.experts}

@@ -10,12 +10,12 @@ from t2app.loading import EngineLoader, LoadingError
 from t2app.models.catalogue import CATALOGUE, entry_of, title_of
 from t2app.ui.answer import AnswerTab, build_answer_tab
 from t2app.ui.search import build_search_tab
+from t2app.ui.updates import LOAD_POLL_SECONDS
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
 
 TITLE = "Transformer²"
-_LOAD_POLL_SECONDS = 0.3
 
 THEME = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """
@@ -84,7 +84,7 @@ def _watch_loading(loader: EngineLoader, tab: AnswerTab) -> Iterator[list]:
         *tab.show_model(name, loader.pool_of(name)),
     ]
     try:
-        while (engine := loader.engine(timeout=_LOAD_POLL_SECONDS)) is None:
+        while (engine := loader.engine(timeout=LOAD_POLL_SECONDS)) is None:
             share = "" if loader.share is None else f" {loader.share:.0%}"
             yield [gr.skip(), f"{loader.message}…{share}", gr.skip(), gr.skip(), *same]
         shown = gr.update(choices=_model_choices(loader.choices), interactive=True)

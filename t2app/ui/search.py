@@ -1,7 +1,7 @@
 """The tab that searches a mixture for a new task: solved examples in, rounds to watch, a kept mixture out."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from t2app.tasks.reasoning import ReasoningBasics
 from t2app.tasks.shots import Shots, pick_shots
 from t2app.tasks.task import Task
 from t2app.ui.answer import dispatch_choices
-from t2app.ui.updates import failure, run_buttons
+from t2app.ui.updates import Stops, failure, run_buttons
 
 if TYPE_CHECKING:
     from t2app.engine import Engine
@@ -29,24 +29,6 @@ _SCORE_TITLES = {
     EXACT: "Exact: answers are decoded and checked, as in the paper",
     LIKELIHOOD: "Likelihood of the expected answers: quicker, nothing is decoded",
 }
-
-
-@dataclass
-class _Sessions:
-    """What the tab remembers of those who have it open.
-
-    Attributes:
-        stopping: whose search shall end after its round.
-        kept: who kept each of the mixtures that were found since the app was started.
-    """
-
-    stopping: set[str] = field(default_factory=set)
-    kept: dict[Path, str] = field(default_factory=dict)
-
-    def check_free(self, file: Path, session: str) -> None:
-        """Raises MixtureError where a mixture is kept there that somebody else found, or the same person earlier."""
-        if file.exists() and self.kept.get(file) != session:
-            raise MixtureError(f"There is a mixture '{file.stem}' already; keep yours by another name.")
 
 
 def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
@@ -86,14 +68,18 @@ def build_search_tab(loader: EngineLoader, dispatch: gr.Radio) -> None:
     status = gr.Markdown("", elem_id="search-status")
     trace = gr.Plot(search_trace(()), label="The search", elem_id="trace")
 
-    sessions = _Sessions()
+    stops = Stops()
+    # Who kept each of the mixtures that were found since the app was started.
+    kept: dict[Path, str] = {}
 
     # Handlers that ask who calls cannot be `partial`s.
     def run(rows, name, rounds, seed, score, per_layer, request: gr.Request) -> Iterator[list]:
-        yield from _search(loader, sessions, request.session_hash, rows, name, rounds, seed, score, per_layer)
+        session = request.session_hash
+        with stops.of(session) as stopped:
+            yield from _search(loader, kept, session, stopped, rows, name, rounds, seed, score, per_layer)
 
     def stop_after_this_round(request: gr.Request) -> tuple[dict, str]:
-        sessions.stopping.add(request.session_hash)
+        stops.stop(request.session_hash)
         return gr.update(interactive=False), "Stopping after this round…"
 
     fill.click(partial(_examples, tasks), inputs=task, outputs=[shots, status], api_visibility="private")
@@ -126,8 +112,9 @@ def _examples(tasks: Mapping[str, Task], task: str) -> tuple[list[list[str]], st
 
 def _search(
     loader: EngineLoader,
-    sessions: _Sessions,
+    kept: dict[Path, str],
     session: str,
+    stopped: threading.Event,
     rows: Sequence[Sequence[str]],
     name: str,
     rounds: int,
@@ -135,7 +122,12 @@ def _search(
     score: str,
     per_layer: bool,
 ) -> Iterator[list]:
-    """Update the tab with every round; whatever goes wrong ends as a sentence in the status line."""
+    """Update the tab with every round; whatever goes wrong ends as a sentence in the status line.
+
+    Args:
+        kept: who kept each mixture; this one's name is added.
+        stopped: ends the search after its round once it is set.
+    """
     try:
         check_name(name)
         settings = SearchSettings(rounds=int(rounds), per_layer=per_layer, score=score, seed=int(seed or 0))
@@ -144,26 +136,25 @@ def _search(
         if len(pairs) > _MOST_SHOTS:
             raise ValueError(f"There are {len(pairs)} examples; this page takes at most {_MOST_SHOTS}.")
         yield _update(running=True, status="Trying the first mixtures…")
-        yield from _rounds(loader.engine(), sessions, pairs, name, settings, session)
+        yield from _rounds(loader.engine(), kept, session, stopped, pairs, name, settings)
     except Exception as error:  # noqa: BLE001  whatever it was, the person who asked must see it
         yield _update(running=False, status=failure(error, "a search"))
-    finally:
-        sessions.stopping.discard(session)
 
 
 def _rounds(
     engine: "Engine",
-    sessions: _Sessions,
+    kept: dict[Path, str],
+    session: str,
+    stopped: threading.Event,
     pairs: Sequence[tuple[str, str]],
     name: str,
     settings: SearchSettings,
-    session: str,
 ) -> Iterator[list]:
     """The rounds as they end; then what was found is kept and chosen."""
     from t2app.search import MixtureSearch
 
     file = mixture_file(engine.model.name, name)
-    sessions.check_free(file, session)
+    _check_free(kept, file, session)
     task = Shots(name, pairs)
     search = MixtureSearch(engine.model, task, task.examples("train"), settings)
     seen: list[Searched] = []
@@ -175,19 +166,25 @@ def _rounds(
         if isinstance(event, Searched):
             seen.append(event)
             told = _describe(event, len(pairs))
-            if session in sessions.stopping:
+            if stopped.is_set():
                 search.stop()
-            last = session in sessions.stopping or event.round == settings.rounds
+            last = stopped.is_set() or event.round == settings.rounds
             soon = "\n\nTrying the best again…" if last and settings.score == EXACT else ""
         else:
             told += f"\n\n{_describe_reevaluation(event)}"
             soon = ""
         yield _update(status=told + soon, trace=search_trace(seen))
     write_mixture(search.found(name), file)
-    sessions.kept[file] = session
+    kept[file] = session
     chosen = gr.update(choices=dispatch_choices(engine.model.name), value=few_shot(name))
-    kept = f"{told}\n\nKept as **{name}**: the next answers are mixed by it."
-    yield _update(running=False, status=kept, dispatch=chosen)
+    told += f"\n\nKept as **{name}**: the next answers are mixed by it."
+    yield _update(running=False, status=told, dispatch=chosen)
+
+
+def _check_free(kept: Mapping[Path, str], file: Path, session: str) -> None:
+    """Raises MixtureError where a mixture is there that somebody else found, or the same person earlier."""
+    if file.exists() and kept.get(file) != session:
+        raise MixtureError(f"There is a mixture '{file.stem}' already; keep yours by another name.")
 
 
 def _describe(event: Searched, shots: int) -> str:

@@ -1,8 +1,35 @@
 """What both tabs do alike while something runs in them."""
 
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gradio as gr
+
+# How often what waits for the model looks for what else there is to do.
+LOAD_POLL_SECONDS = 0.3
+
+
+class Stops:
+    """By which what runs in a tab is stopped, for each session that something runs for."""
+
+    def __init__(self):
+        self._running: dict[str | None, threading.Event] = {}
+
+    @contextmanager
+    def of(self, session: str | None) -> Iterator[threading.Event]:
+        """What is set once somebody stops what runs in this block."""
+        stopped = self._running[session] = threading.Event()
+        try:
+            yield stopped
+        finally:
+            self._running.pop(session, None)
+
+    def stop(self, session: str | None) -> None:
+        """Nothing happens where nothing runs."""
+        if stopped := self._running.get(session):
+            stopped.set()
 
 
 def run_buttons(running: bool | None) -> list:
