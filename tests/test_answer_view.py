@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -11,6 +12,7 @@ from t2app.messages import DEFAULT_DISPATCH, Dispatched, Finished, Token, Waitin
 from t2app.models.catalogue import DEFAULT_MODEL
 from t2app.ui import answer
 from t2app.ui.answer import _UPDATE_SECONDS, _answer, _AnswerView
+from t2app.ui.updates import Stops
 
 OUTPUTS = ("answer", "stop", "status", "bars", "reasons", "changes", "adapted", "adapted_statistics", "base")
 
@@ -97,3 +99,13 @@ def test_answer_that_waits_for_the_model_ends_once_it_is_stopped():
     assert shown(next(updates))["status"] == "Reading the prompt…"
     stopped.set()
     assert [shown(update) for update in updates] == [{"status": "Stopped."}]
+
+
+def test_a_run_that_ends_leaves_the_one_that_was_begun_after_it_to_be_stopped():
+    stops = Stops()
+    with ExitStack() as later:
+        with stops.of("session") as first:
+            second = later.enter_context(stops.of("session"))
+        stops.stop("session")
+        assert second.is_set() and not first.is_set()
+    stops.stop("session")  # nothing runs

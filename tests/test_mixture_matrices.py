@@ -36,7 +36,7 @@ def by_kernels() -> Model:
 def by_torch() -> Model:
     """The model as the app has it where there is no compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "use_kernels", lambda model, folder: None)
+        patch.setattr(models, "use_kernels", lambda model, folder, in_bytes: None)
         return load_model(precision="bf16")
 
 

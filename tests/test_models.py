@@ -192,7 +192,7 @@ def test_folder_that_holds_no_model_is_refused(tmp_path):
 
 
 def test_unknown_precision_is_refused_with_the_known_ones(tiny_folder):
-    with pytest.raises(ModelError, match="there is no precision 'int3'; choose one of auto, fp32, bf16, 4bit"):
+    with pytest.raises(ModelError, match="there is no precision 'int3'; choose one of auto, fp32, bf16, 8bit, 4bit"):
         load_model(str(tiny_folder), precision="int3")
 
 

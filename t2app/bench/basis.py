@@ -25,7 +25,7 @@ def bench_basis(model_name: str, precision: str) -> Iterator[Figure]:
     one matrix a shape: ours, and `svd_edit_error` of the float32 decomposition, both against one in float64.
 
     Raises:
-        ValueError: the model's weights are packed, as in 4 bits.
+        ValueError: the model's weights are packed, as in 8 or 4 bits.
     """
     model = load_model(model_name, precision, layers=lambda path: False).adapted.model
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}

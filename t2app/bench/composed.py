@@ -25,7 +25,8 @@ def factors_of(weight: Tensor) -> Factors:
     """
     if not weight.is_floating_point():
         raise ValueError(
-            "the authors' way writes into the weights, which in 4-bit are packed; measure it with --precision bf16"
+            "the authors' way writes into the weights, which in 8-bit and 4-bit are packed; measure it with "
+            "--precision bf16"
         )
     u, s, vt = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     return Factors(u.to(weight.dtype), s, vt.to(weight.dtype))

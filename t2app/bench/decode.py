@@ -23,7 +23,7 @@ from t2app.decoding import collected, decode
 from t2app.decoding.step_graphs import recorder_for
 from t2app.messages import Sampling
 from t2app.mixer import Mixer
-from t2app.models.catalogue import FOUR_BIT
+from t2app.models.catalogue import EIGHT_BIT, FOUR_BIT
 from t2app.models.checkpoints import ModelError, gguf_of
 from t2app.models.model import Model, load_model
 from t2app.parts import whole
@@ -34,7 +34,12 @@ Way = Callable[[int], list[list[int]]]
 
 _WARM_UP_TOKENS = 8
 _NEW_MIXTURES = 20
-# Of the times of two ways, the first over the second.
+# Of the times of two steps, and of two ways, the first over the second.
+_STEP_RATIOS = {
+    "both_over_base": ("both_step", "base_step"),
+    "base_over_bf16": ("base_step_in_bf16", "base_step"),
+    "both_over_bf16": ("both_step_in_bf16", "both_step"),
+}
 _RATIOS = {
     "base_over_generate": ("generate", "base"),
     "both_over_reference": ("reference", "both"),
@@ -54,7 +59,8 @@ def bench_decode(
     one where a LoRA gives the second. The other ratios tell how many times faster ours is than what stands after
     `over`, to the same context and of as many tokens. All ways take turns, so that a slow moment of the machine meets
     each. `new_mixture` is what an answer by a mixture that was not asked for before waits for its matrices, where edits
-    are by these. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. `…_read` is what a token reads of
+    are by these. On a GPU `…_step_unrecorded` is a step that is no CUDA graph. Beside weights in 8 bits steps are
+    measured in bf16 too, as `…_step_in_bf16`, and what is not ours answers in bf16. `…_read` is what a token reads of
     weights; llama.cpp answers from the file as it is quantised, and as bf16.
 
     Args:
@@ -89,14 +95,20 @@ def decode_figures(
     """The figures of `bench_decode` for a model that is loaded, and a mixture of its layers."""
     rows = {"base": [None], "both": [None, mixture]}
     streams = {f"{name}_step": stepper(model, mixtures, 2 * steps) for name, mixtures in rows.items()}
+    if model.precision == EIGHT_BIT:
+        in_bf16 = load_model(model_name, "bf16")
+        own = with_matrices(in_bf16, dict(mixture))  # to that model, another mixture
+        for name, mixtures in {"base": [None], "both": [None, own]}.items():
+            streams[f"{name}_step_in_bf16"] = stepper(in_bf16, mixtures, 2 * steps)
     if recorder_for(model.adapted) is not None:
         for name, mixtures in rows.items():
             streams[f"{name}_step_unrecorded"] = stepper(model, mixtures, 2 * steps, recorded=False)
     times = in_turns({name: partial(step_seconds, step) for name, step in streams.items()}, steps)
     for name, values in times.items():
         yield figure_of("decode", name, [1e3 * value for value in values], "ms")
-    pairs = zip(times["both_step"], times["base_step"], strict=True)
-    yield figure_of("decode", "both_over_base", [both / base for both, base in pairs], "ratio")
+    for figure, (over, under) in _STEP_RATIOS.items():
+        if over in times:
+            yield figure_of("decode", figure, _ratios(times[over], times[under]), "ratio")
     if model.precision == FOUR_BIT:
         logging.getLogger(__name__).warning(
             "whole answers are not compared: in 4-bit no W' can be written into the weights; give --precision bf16"
@@ -175,5 +187,8 @@ def _answer_figures(times: Mapping[str, list[float]], read: Mapping[str, int], t
         yield figure_of("decode", f"{name}_read", [bytes_ / 1e6], "MB")
     for figure, (over, under) in _RATIOS.items():
         if over in times:
-            ratios = [first / second for first, second in zip(times[over], times[under], strict=True)]
-            yield figure_of("decode", figure, ratios, "ratio")
+            yield figure_of("decode", figure, _ratios(times[over], times[under]), "ratio")
+
+
+def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    return [first / second for first, second in zip(over, under, strict=True)]

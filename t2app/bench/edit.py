@@ -5,6 +5,7 @@ Mean Kullback-Leibler divergence a token of an answer, in nats, of the adapted m
 - `bf16`: the model in bfloat16, edits as torch computes them in bfloat16;
 - `bf16_8_bits`: the same by the kernels, whose edits round singular vectors and what meets them to 8 bits;
 - `bf16_matrices`: the same, but by the mixture's matrices, which are made of those vectors;
+- `8bit_matrices`: the same with the model's weights in 8 bits, where there are kernels for them;
 - `directions_75` and so on: the model in fp32 with the smallest |z − 1| of each layer at 0, 75 % of them kept.
 """
 
@@ -18,8 +19,10 @@ from t2app.bench.figure import Figure, figure_of
 from t2app.bench.step import with_matrices
 from t2app.decoding import collected, decode
 from t2app.experts import mix
+from t2app.kernels.build import has_kernels
 from t2app.key_values import GrowingCache
 from t2app.messages import Sampling
+from t2app.models.catalogue import EIGHT_BIT
 from t2app.models.model import Model, load_model
 from t2app.spectral import Deltas
 from t2app.tasks.registry import task_named
@@ -40,20 +43,22 @@ def bench_edit(model_name: str, precision: str) -> Iterator[Figure]:
         raise ValueError("the bench 'edit' compares bf16 with fp32 by itself; leave --precision out")
     exact = load_model(model_name, "fp32")
     rounded = load_model(model_name, "bf16")
+    held = [rounded, *([load_model(model_name, EIGHT_BIT)] if has_kernels() else [])]
     experts = {expert.name: expert for expert in exact.experts if expert.name in _TASKS}
     if not experts:
         raise ValueError(f"{exact.name} has none of the experts {', '.join(_TASKS)} to measure with")
     values: dict[str, list[float]] = {}
     for name, expert in experts.items():
         mixture = mix([expert], {name: 1.0})
-        by_matrices = with_matrices(rounded, dict(mixture))  # to the model, another one
+        by_matrices = [with_matrices(model, dict(mixture)) for model in held]  # to a model, another one
         for example in task_named(_TASKS[name]).examples("validation")[:_PROMPTS_OF_EACH]:
             prompt = exact.prompt_ids(example.prompt)
             steps = decode(exact.adapted, [prompt], [mixture], Sampling(_ANSWER_TOKENS), exact.eos_ids)
             answer = collected(steps)[0]
             right = _log_probabilities(exact, prompt, answer, mixture)
             ways = {"bf16_8_bits": _log_probabilities(rounded, prompt, answer, mixture)}
-            ways["bf16_matrices"] = _log_probabilities(rounded, prompt, answer, by_matrices)
+            for model, own in zip(held, by_matrices, strict=True):
+                ways[f"{model.precision}_matrices"] = _log_probabilities(model, prompt, answer, own)
             with _by_torch(rounded, exact):
                 ways["bf16"] = _log_probabilities(rounded, prompt, answer, mixture)
             for share in _SHARES:

@@ -11,6 +11,7 @@ from t2app.bench.figure import Figure, figure_of, seconds
 from t2app.kernels.build import has_kernels, has_tiles
 from t2app.kernels.edits import MatrixEdit, VectorEdit
 from t2app.kernels.linear import Kind
+from t2app.models.catalogue import EIGHT_BIT
 from t2app.models.model import load_model
 from t2app.spectral import SpectralLinear
 from t2app.spectral.products import edited
@@ -23,17 +24,18 @@ def bench_products(model_name: str, precision: str) -> Iterator[Figure]:
     """One product with every layer of the model's blocks, so that weights come from memory as in a step.
 
     `few`, `many` and `tiles` are our kernels, `bf16` and `fp32` are torch's, the latter with a float32 copy of the
-    weight that lives for one product. Those with `edit` edit the last half of the rows, each by a z of its own, those
-    with `all` all of them; `factors` does that too, by the weight in the basis. Those with `matrix` edit the last half
-    by the matrix of one z. What is best here decides nothing: the choices are in `spectral/layer.py`,
-    `kernels/linear.py` and `resolve_precision`, made on this.
+    weight that lives for one product, as both have a copy of one in 8 bits. Those with `edit` edit the last half of the
+    rows, each by a z of its own, those with `all` all of them; `factors` does that too, by the weight in the basis.
+    Those with `matrix` edit the last half by the matrix of one z. What is best here decides nothing: the choices are in
+    `spectral/layer.py`, `kernels/linear.py`, `kernels/byte_linear.py` and `resolve_precision`, made on this.
 
     Raises:
         ValueError: a precision is given that leaves nothing to compare.
     """
-    if precision == "fp32":
-        raise ValueError("the bench 'products' compares bf16 with fp32 by itself; leave --precision out")
-    layers = list(load_model(model_name, "bf16", many_rows=True, layers=lambda path: True).adapted.layers.values())
+    if precision not in ("auto", "bf16", EIGHT_BIT):
+        raise ValueError("the bench 'products' compares bf16 with fp32 by itself; give --precision 8bit, or none")
+    held_in = EIGHT_BIT if precision == EIGHT_BIT else "bf16"
+    layers = list(load_model(model_name, held_in, many_rows=True, layers=lambda path: True).adapted.layers.values())
     ways = {"bf16": _bf16, "fp32": _fp32, "bf16_edit": _bf16_edit}
     if layers[0].in_basis is not None:
         ways["factors"] = _factors
@@ -63,18 +65,18 @@ def _all(products: list[Callable[[Tensor], Tensor]], inputs: list[Tensor]) -> No
 
 
 def _bf16(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, layer.base.weight)
+    return lambda x: F.linear(x, layer.base.whole_weight)
 
 
 def _fp32(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x.float(), layer.base.weight.float())
+    return lambda x: F.linear(x.float(), layer.base.whole_weight.float())
 
 
 def _bf16_edit(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:
     rows, delta = _last_half(delta)
     if layer.edits_input:
-        return lambda x: F.linear(edited(x, rows, layer.vectors, delta), layer.base.weight)
-    return lambda x: edited(F.linear(x, layer.base.weight), rows, layer.vectors, delta)
+        return lambda x: F.linear(edited(x, rows, layer.vectors, delta), layer.base.whole_weight)
+    return lambda x: edited(F.linear(x, layer.base.whole_weight), rows, layer.vectors, delta)
 
 
 def _factors(layer: SpectralLinear, delta: Tensor) -> Callable[[Tensor], Tensor]:

@@ -95,12 +95,12 @@ def weight_bytes(model: Model, rows: Sequence[Deltas | None]) -> WeightBytes:
     transformer = model.adapted.model
     decoder = transformer.get_decoder()
     embedding = transformer.get_input_embeddings().weight
-    head = transformer.get_output_embeddings().weight
+    head = transformer.get_output_embeddings()
     layers = model.adapted.layers.values() if any(row is not None for row in rows) else ()
     read_of = _read_of_matrix if _by_matrices(model, rows) else _read_of_vectors
     return WeightBytes(
         blocks=sum(weights.nbytes for weights in decoder.parameters() if weights is not embedding),
-        head=head.nbytes,
+        head=sum(weights.nbytes for weights in head.parameters()),
         edits=sum(read_of(layer) for layer in layers),
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from t2app.categories import CATEGORIES
 from t2app.cli.options import Commands, json_option, load, model_options, pool_option
 from t2app.cli.output import print_json
-from t2app.models.catalogue import CATALOGUE, HELD_IN, classifier_file, expert_files, pool_folder
+from t2app.models.catalogue import CATALOGUE, EIGHT_BIT, HELD_IN, classifier_file, expert_files, pool_folder
 
 
 def add_models(commands: Commands) -> None:
@@ -34,9 +34,10 @@ def add_import(commands: Commands) -> None:
 
 def models(options: argparse.Namespace) -> None:
     """List the catalogue: what its models are, what they take, and which experts they have."""
-    from t2app.machine import memory_bytes  # asks torch for that of GPUs
+    from t2app.kernels.build import can_have_kernels  # asks torch for the CPU
+    from t2app.machine import memory_bytes  # and for the memory of GPUs
 
-    available = memory_bytes()
+    available, here = memory_bytes(), [of for of in HELD_IN if of != EIGHT_BIT or can_have_kernels()]
     for entry in CATALOGUE.values():
         files = [*expert_files(entry.name), classifier_file(entry.name)]
         row = {
@@ -48,7 +49,7 @@ def models(options: argparse.Namespace) -> None:
             "parameters": entry.shape.parameters,
             "download_bytes": entry.download_bytes,
             "memory_bytes": {precision: entry.memory_bytes(precision) for precision in HELD_IN},
-            "fits": {precision: entry.fits(precision, available) for precision in HELD_IN},
+            "fits": {precision: precision in here and entry.fits(precision, available) for precision in HELD_IN},
             "experts": [file.stem for file in files if file is not None],
         }
         if options.json:

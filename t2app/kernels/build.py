@@ -54,6 +54,11 @@ def has_tiles() -> bool:
     return has_bfloat16_arithmetic() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
+def can_have_kernels() -> bool:
+    """Whether this machine runs a model by kernels if there is a compiler: on a CPU with AVX2, and without a GPU."""
+    return not torch.cuda.is_available() and torch.cpu._is_avx2_supported()
+
+
 def kernel_folder() -> Path:
     """Where the compiled kernels are kept."""
     return cache_folder() / "kernels"

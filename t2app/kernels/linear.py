@@ -9,7 +9,7 @@ float32 copy of the weight that lives for one product. `bench products` measures
 
 from enum import IntEnum
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,16 @@ class Layer:
     """A linear layer in bfloat16 that multiplies by one of the kernels, without a gradient.
 
     Args:
+        weight: (out_features, in_features) in bfloat16, or the integers of a `PackedWeight`.
+        scales: those of a `PackedWeight`.
         kind: by which of them; `TILES` takes a CPU that has them, and rows that divide by 32.
 
     Raises:
         RuntimeError: there is no such kernel for this weight.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, kind: Kind):
-        self.kept = torch.ops.t2app.make_layer(weight, bias, kind)
+    def __init__(self, weight: Tensor, scales: Tensor | None, bias: Tensor | None, kind: Kind):
+        self.kept = torch.ops.t2app.make_layer(weight, scales, bias, kind)
 
     def __call__(self, x: Tensor, edit: RowEdit | None = None) -> Tensor:
         """Wx + bias for x (…, in_features), and with an edit, where x is (rows, tokens, in_features), W'x + bias for
@@ -82,21 +84,33 @@ class FastLinear(nn.Linear):
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
+        self.register_parameter("scales", None)  # of a weight in 8 bits, see `ByteLinear`
         self.by_kernels = has_kernels()
         self._kernels: dict[Kind, Layer] = {}
 
+    @property
+    def whole_weight(self) -> Tensor:
+        """The weight (out_features, in_features) in bfloat16."""
+        return self.weight
+
+    def with_weight(self, weight: Tensor) -> Self:
+        """A layer of its kind with another weight (out_features, in_features), and with its bias."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight, layer.bias = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False), self.bias
+        return type(self)(layer)
+
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x, self.weight):
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.whole_weight, self.bias)
         kernel = self.kernel_for(x.numel() // x.shape[-1])
         if kernel is not None:
             return kernel(x)
         rows = x.reshape(-1, x.shape[-1])
         if has_bfloat16_arithmetic() or len(rows) <= _ROWS_IN_TURN:
-            y = F.linear(rows, self.weight, self.bias)
+            y = F.linear(rows, self.whole_weight, self.bias)
         else:
             bias = None if self.bias is None else self.bias.float()
-            y = F.linear(rows.float(), self.weight.float(), bias).to(x.dtype)
+            y = F.linear(rows.float(), self.whole_weight.float(), bias).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
     def kernel_for(self, tokens: int) -> Layer | None:
@@ -112,7 +126,7 @@ class FastLinear(nn.Linear):
     def kernel(self, kind: Kind) -> Layer:
         """The kernel of a kind."""
         if kind not in self._kernels:
-            self._kernels[kind] = Layer(self.weight, self.bias, kind)
+            self._kernels[kind] = Layer(self.weight, self.scales, self.bias, kind)
         return self._kernels[kind]
 
 

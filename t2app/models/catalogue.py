@@ -5,10 +5,13 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from t2app.categories import CLASSIFIER
 
+EIGHT_BIT = "8bit"
 FOUR_BIT = "4bit"
 # What weights can be held in; `auto` stands for one of them.
-HELD_IN = ("fp32", "bf16", FOUR_BIT)
+HELD_IN = ("fp32", "bf16", EIGHT_BIT, FOUR_BIT)
 PRECISIONS = ("auto", *HELD_IN)
+# A byte a number, and a float32 for every 32 of them (`kernels/byte_linear.py`).
+_EIGHT_BIT_BYTES = 1 + 4 / 32
 # 4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314): half a byte a number, a byte for every block of 64
 # numbers, and a float32 for every 256 of those.
 _FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -65,12 +68,17 @@ class Shape:
 
     @property
     def block_weights(self) -> int:
-        """Numbers in the weights of the blocks' linear layers, which are what 4-bit makes small."""
+        """Numbers in the weights of the blocks' linear layers, which are all that 4-bit makes small."""
         return self.blocks * self.width * (2 * self.width + 2 * self._key_value_width + 3 * self.mlp_width)
 
     @property
+    def head_weights(self) -> int:
+        """Numbers in the weight of the output layer, which the embedding has too where the two are tied."""
+        return self.vocabulary * self.width
+
+    @property
     def parameters(self) -> int:
-        embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
+        embeddings = self.head_weights * (1 if self.tied else 2)
         norms = (2 * self.blocks + 1) * self.width
         biases = self.blocks * (self.width + 2 * self._key_value_width) if self.biases else 0
         return self.block_weights + embeddings + norms + biases
@@ -104,15 +112,25 @@ class CatalogueEntry:
         return 2 * self.shape.parameters if self.file is None else self.file.download_bytes
 
     def memory_bytes(self, precision: str) -> int:
-        """What its weights take in one of HELD_IN; in 4-bit, all but the blocks' linear layers stay bf16."""
-        if precision != FOUR_BIT:
-            return {"fp32": 4, "bf16": 2}[precision] * self.shape.parameters
-        rest = self.shape.parameters - self.shape.block_weights
-        return round(_FOUR_BIT_BYTES * self.shape.block_weights + 2 * rest)
+        """What its weights take in one of HELD_IN.
+
+        What is no linear layer stays bf16 in 8-bit and in 4-bit, an embedding that the output layer is tied to too, and
+        in 4-bit the output layer.
+        """
+        shape = self.shape
+        if precision == FOUR_BIT:
+            return round(_FOUR_BIT_BYTES * shape.block_weights + 2 * (shape.parameters - shape.block_weights))
+        if precision == EIGHT_BIT:
+            packed = shape.block_weights + shape.head_weights
+            rest = shape.parameters - (shape.block_weights if shape.tied else packed)
+            return round(_EIGHT_BIT_BYTES * packed + 2 * rest)
+        return {"fp32": 4, "bf16": 2}[precision] * shape.parameters
 
     def fits(self, precision: str, memory: int) -> bool:
-        """Whether it can be used, held in one of HELD_IN, where a model can have so many bytes."""
-        return _ROOM_OVER_WEIGHTS * self.memory_bytes(precision) <= memory
+        """Whether it can be loaded and used, held in one of HELD_IN, where a model can have so many bytes."""
+        # In 8-bit it is loaded in bf16, and then packed a layer at a time.
+        loaded = self.memory_bytes("bf16" if precision == EIGHT_BIT else precision)
+        return max(_ROOM_OVER_WEIGHTS * self.memory_bytes(precision), loaded) <= memory
 
 
 CATALOGUE = {

@@ -22,11 +22,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from t2app.experts import Expert, ExpertError, WeightsIdentity, load_expert
-from t2app.kernels.build import has_bfloat16_arithmetic, kernel_folder, kernels_ahead
+from t2app.kernels.build import can_have_kernels, has_bfloat16_arithmetic, kernel_folder, kernels_ahead
 from t2app.kernels.model import use_kernels
 from t2app.models.bases import CachedBases
 from t2app.models.catalogue import (
     DEFAULT_MODEL,
+    EIGHT_BIT,
     EXPERTS_FOLDER,
     FOUR_BIT,
     PRECISIONS,
@@ -54,6 +55,7 @@ class Model:
         classifier: the classification expert, which only the first pass asks; None where there is none.
         eos_ids: token ids that end a turn.
         context_length: tokens that prompt and answer may have together.
+        parameters: how many the model has, however they are held.
         processor: of pictures and prompts; None where the model takes no pictures.
     """
 
@@ -66,6 +68,7 @@ class Model:
     classifier: Expert | None
     eos_ids: tuple[int, ...]
     context_length: int
+    parameters: int
     processor: ProcessorMixin | None = None
 
     @property
@@ -76,10 +79,6 @@ class Model:
     @property
     def takes_pictures(self) -> bool:
         return self.processor is not None
-
-    @property
-    def parameters(self) -> int:
-        return self.adapted.model.num_parameters()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user's prompt in the model's chat template, up to where the answer begins."""
@@ -119,7 +118,7 @@ def load_model(
 
     Args:
         name: a name of the catalogue, a hub name, a local folder, or a GGUF file (a path, or `owner/repository/file`).
-        precision: fp32, bf16, 4bit, or auto (see `resolve_precision`).
+        precision: fp32, bf16, 8bit, 4bit, or auto (see `resolve_precision`).
         many_rows: whether dozens of rows will be decoded at once, as in training, or only the answers to one prompt.
         layers: says of a layer's path whether to adapt it; None adapts what the model's experts adapt.
         experts_of: the name of another model, whose experts are taken as this model's (see `load_expert`).
@@ -148,6 +147,7 @@ def load_model(
     if processor is not None:
         check_kind(model)
     model.requires_grad_(False)
+    parameters = model.num_parameters()
     weights = CheckpointWeights(checkpoint.folder, model)
     identity = identity_of(model, weights, title_of(name), checkpoint.revision)
     pool, adopted = experts_of or name, experts_of is not None
@@ -165,7 +165,10 @@ def load_model(
     if kernels is not None and not kernels.done():
         progress("Compiling the kernels (once)", None)
         kernels.result()
-    use_kernels(model, kernel_folder())
+    try:
+        use_kernels(model, kernel_folder(), in_bytes=precision == EIGHT_BIT)
+    except ValueError as error:
+        raise ModelError(f"{error}: load the model with --precision bf16") from None
     # It is handed the last token of every row as a slice, which torch would multiply by a copy of the weights a row.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
     eos = model.generation_config.eos_token_id
@@ -179,6 +182,7 @@ def load_model(
         classifier=classifier,
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         context_length=model.config.get_text_config().max_position_embeddings,
+        parameters=parameters,
         processor=processor,
     )
 
@@ -193,10 +197,12 @@ def resolve_precision(precision: str, many_rows: bool = False) -> str:
     """What `auto` stands for: bf16, but fp32 for many rows on a CPU without 16-bit arithmetic (`bench products`).
 
     Raises:
-        ModelError: there is no such precision.
+        ModelError: there is no such precision, or not on this machine.
     """
     if precision not in PRECISIONS:
         raise ModelError(f"there is no precision '{precision}'; choose one of {', '.join(PRECISIONS)}")
+    if precision == EIGHT_BIT and not can_have_kernels():
+        raise ModelError("weights are held in 8 bits on a CPU with AVX2 alone; on a GPU choose bf16 or 4bit")
     if precision != "auto":
         return precision
     return "fp32" if many_rows and not torch.cuda.is_available() and not has_bfloat16_arithmetic() else "bf16"
@@ -210,7 +216,7 @@ def _held_in(precision: str, together: PartialState) -> dict[str, object]:
         # that train together, each has the whole model on a GPU of its own.
         arguments["device_map"] = "auto" if together.num_processes == 1 else {"": together.device}
     if precision != FOUR_BIT:
-        return arguments | {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
+        return arguments | {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     # It would advise every user of a CPU to install another package.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     four_bit = BitsAndBytesConfig(

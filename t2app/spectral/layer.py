@@ -209,12 +209,9 @@ class SpectralLinear(nn.Module):
         """
         vectors, scaled = self._vectors_with(delta, torch.float32)
         change = (vectors.T * scaled) @ vectors  # (narrow, narrow)
-        weight = self.base.weight.float()
+        weight = self.base.whole_weight.float()
         weight += weight @ change if self.edits_input else change @ weight
-        layer = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
-        layer.bias = self.base.bias
-        self.merged = Merged(delta, FastLinear(layer))
+        self.merged = Merged(delta, self.base.with_weight(weight))
 
     def _has_factors(self, rows: RowDeltas) -> bool:
         return self.in_basis is not None and rows.edits_all

@@ -61,7 +61,7 @@ class SpectralModel:
                     f"the basis for '{path}' has rank {basis.rank}; the layer is "
                     f"{layer.out_features} × {layer.in_features}"
                 )
-            # A 4-bit layer's weight is packed in uint8; its edit then runs in the precision that the model computes in.
+            # A weight may be packed in integers; its edit then runs in the precision that the model computes in.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
             self.layers[path] = SpectralLinear(layer, basis, dtype, many_rows, by_kernels, path, self._in_use)
         for path, layer in self.layers.items():
@@ -110,7 +110,8 @@ class SpectralModel:
 
     def merged_bytes(self, deltas: Deltas) -> int:
         """What `merging` takes: as much memory as the layers' own weights."""
-        return sum(self.layers[path].base.weight.nbytes for path in self._mergeable(deltas))
+        layers = (self.layers[path].base for path in self._mergeable(deltas))
+        return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
 
     def making_matrices(self, deltas: Deltas) -> Parts[None]:
         """Keep the matrices of a mixture, in parts: from then on they edit its rows, where all have this mixture.

@@ -24,7 +24,9 @@ class Stops:
         try:
             yield stopped
         finally:
-            self._running.pop(session, None)
+            # A caller of the API may have begun another run by now, which is the one to stop from then on.
+            if self._running.get(session) is stopped:
+                del self._running[session]
 
     def stop(self, session: str | None) -> None:
         """Nothing happens where nothing runs."""

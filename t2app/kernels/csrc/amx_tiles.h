@@ -179,13 +179,12 @@ void sum_tiles(const char* weights, int64_t bytes_apart, const int32_t* rows, in
   if constexpr (W > 1 && G > 1) store.template operator()<3>();
 }
 
-// Columns begin to end of x Wᵀ for x (rows, k) and W (n, k).
+// Columns begin to end of x Wᵀ for `rows` rows of x as tiles and W (n, k).
 template <typename Of>
-void multiply_by_tiles(const typename Of::Element* x, int64_t rows, const typename Of::Element* weight, int64_t begin,
-                       int64_t end, int64_t k, const Ahead& ahead, const StoreColumns<typename Of::Total>& store) {
+void multiply_by_tiles(const RowTiles& tiles, int64_t rows, const typename Of::Element* weight, int64_t begin, int64_t end,
+                       int64_t k, const Ahead& ahead, const StoreColumns<typename Of::Total>& store) {
   constexpr int64_t kColumns = 2 * kTileRows;
   const int64_t bytes_apart = k * sizeof(*weight);
-  const RowTiles tiles(x, rows, bytes_apart);
   Scratch<typename Of::Total> results(tiles.groups * kTileLanes * kColumns);
   Scratch<char> filled_up;
   for (int64_t first = begin; first < end; first += kColumns) {

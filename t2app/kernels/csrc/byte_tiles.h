@@ -18,7 +18,8 @@ static_assert(kBytesWidth == kTileBytes);
 struct ByteTiles {
   static void multiply(const ByteRows& rows, const int8_t* vectors, int64_t begin, int64_t end, const Ahead& ahead,
                        const StoreColumns<int32_t>& store) {
-    multiply_by_tiles<TilesOfBytes>(rows.row(0), rows.count, vectors, begin, end, rows.length, ahead, store);
+    const RowTiles tiles(rows.row(0), rows.count, rows.length);
+    multiply_by_tiles<TilesOfBytes>(tiles, rows.count, vectors, begin, end, rows.length, ahead, store);
   }
 
   static void combine(const ByteRows& coefficients, const int8_t* vectors, int64_t narrow, bool adds, float* sums,

@@ -35,11 +35,16 @@ class DotRows : public LayerJob {
     const Share share(n_);
 #ifdef __AMX_BF16__
     if (layer_.kind == Kind::kTiles) {
-      multiply_by_tiles<TilesOfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+      const RowTiles tiles(x, rows_, k_ * sizeof(*x));
+      by_rows_in_bfloat16(share, ahead, store, [&](const Rows& rows, const Ahead& own, const StoreColumns<float>& put) {
+        multiply_by_tiles<TilesOfBfloat16>(tiles, rows_, rows.weights, 0, rows.count, k_, own, put);
+      });
       return;
     }
 #endif
-    dot_multiply<OfBfloat16>(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+    by_rows_in_bfloat16(share, ahead, store, [&](const Rows& rows, const Ahead& own, const StoreColumns<float>& put) {
+      dot_multiply<OfBfloat16>(x, rows_, rows.weights, 0, rows.count, k_, own, put);
+    });
   }
 
   void multiply_to_result(const uint16_t* x, const Ahead& ahead) const {

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "bfloat16.h"
+#include "byte_weight.h"
 #include "row_edit.h"
 #include "words.h"
 
@@ -29,15 +31,17 @@ constexpr bool kMultipliesTiles = false;
 enum class Kind : int64_t { kFew, kMany, kTiles };
 
 struct Layer : Kept {
-  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16.
-  Layer(const Tensor& weight, const std::optional<Tensor>& bias, Kind kind)
+  // y = x Wᵀ + b for weight (out_features, in_features) and bias (out_features,) in bfloat16, or a weight of integers and
+  // the scales of a `ByteWeight`.
+  Layer(const Tensor& weight, const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, Kind kind)
       : weight(weight),
         out_features(weight.size(0)),
         in_features(weight.size(1)),
         bias(out_features, 0.0f),
         kind(kind) {
-    STD_TORCH_CHECK(is_bfloat16(weight) && weight.is_contiguous() && weight.dim() == 2,
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && (scales || is_bfloat16(weight)),
                     "a contiguous weight in bfloat16 was expected");
+    if (scales) bytes.emplace(weight, *scales);
     STD_TORCH_CHECK(in_features > 0 && in_features % kBlock == 0, "rows of a weight were expected to be of ", kBlock, "·n");
     STD_TORCH_CHECK(kind != Kind::kTiles || (kMultipliesTiles && multiplies_bfloat16()),
                     "there are no tiles on this CPU, or none for rows of this length");
@@ -50,6 +54,7 @@ struct Layer : Kept {
   }
 
   const Tensor weight;
+  std::optional<ByteWeight> bytes;
   const int64_t out_features, in_features;
   std::vector<float> bias;
   std::vector<float> word_scales;  // of each row of the weight, where it multiplies words
@@ -60,15 +65,30 @@ struct Layer : Kept {
     return kind == Kind::kMany && !multiplies_bfloat16() && in_features <= kLongestRowOfWords;
   }
 
+  // Where rows begin to end of the weight lie.
+  Stretch stretch(int64_t begin, int64_t end) const {
+    const int64_t row = in_features * static_cast<int64_t>(bytes ? sizeof(int8_t) : sizeof(uint16_t));
+    return {static_cast<const char*>(weight.const_data_ptr()) + begin * row, (end - begin) * row};
+  }
+
+  // Rows begin to end in bfloat16, which for a weight of integers are put into `widened`.
+  const uint16_t* rows(int64_t begin, int64_t end, const Ahead& ahead, Scratch<uint16_t>& widened) const {
+    if (!bytes) return bits(weight) + begin * in_features;
+    widened.resize((end - begin) * in_features);
+    bytes->widen(begin, end - begin, ahead, widened.data());
+    return widened.data();
+  }
+
  private:
   void find_word_scales() {
     word_scales.resize(out_features);
 #pragma omp parallel
     {
       Scratch<float> row(in_features);
+      Scratch<uint16_t> widened;
 #pragma omp for
       for (int64_t o = 0; o < out_features; ++o) {
-        put_even_first(bits(weight) + o * in_features, in_features, row.data());
+        put_even_first(rows(o, o + 1, Ahead(), widened), in_features, row.data());
         word_scales[o] = word_scale(row.data(), in_features);
       }
     }

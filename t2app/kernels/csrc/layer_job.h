@@ -3,15 +3,20 @@
 
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "bfloat16.h"
+#include "columns.h"
 #include "edit.h"
 #include "job.h"
 #include "layer.h"
 #include "tokens.h"
 
 namespace t2app {
+
+// Rows of a weight of integers that are widened together: whole ones of all kernels' columns at once.
+constexpr int64_t kWidenedRows = 96;
 
 class LayerJob : public Job {
  public:
@@ -23,7 +28,6 @@ class LayerJob : public Job {
         rows_(x.count()),
         n_(layer_.out_features),
         k_(layer_.in_features),
-        weight_(bits(layer_.weight)),
         y_(y) {
     if (edited.edit != nullptr) edit_.emplace(*edited.edit, x.of_row, threads);
   }
@@ -32,7 +36,7 @@ class LayerJob : public Job {
     if (phase == edit_phase()) return edit_->reads();
     if (phase != product_phase()) return {};
     const Share rows(n_);
-    return {weight_ + rows.begin * k_, (rows.end - rows.begin) * k_ * static_cast<int64_t>(sizeof(*weight_))};
+    return layer_.stretch(rows.begin, rows.end);
   }
 
   void run(int phase, const Ahead& ahead) override {
@@ -54,10 +58,31 @@ class LayerJob : public Job {
   virtual void multiply_to_product(const Ahead& ahead) = 0;
   virtual void store_edited_output() = 0;
 
+  // Some rows of the weight in bfloat16.
+  struct Rows {
+    const uint16_t* weights;
+    int64_t first, count;
+  };
+
+  // Hands these rows of the weight to `multiply`, which counts columns from the first of them: all together or, where they
+  // are widened, some at a time.
+  template <typename Multiply>
+  void by_rows_in_bfloat16(const Share& share, const Ahead& ahead, const StoreColumns<float>& store,
+                           const Multiply& multiply) const {
+    const int64_t at_once = layer_.bytes ? kWidenedRows : n_;
+    Scratch<uint16_t> widened;
+    for (int64_t first = share.begin; first < share.end; first += at_once) {
+      const int64_t end = std::min(first + at_once, share.end);
+      const Rows rows{layer_.rows(first, end, ahead, widened), first, end - first};
+      multiply(rows, layer_.bytes ? Ahead() : ahead, [&](int64_t row, int64_t column, int64_t columns, float* values) {
+        store(row, first + column, columns, values);
+      });
+    }
+  }
+
   const Layer& layer_;
   const bool edits_input_;
   const int64_t rows_, n_, k_;
-  const uint16_t* weight_;
   uint16_t* y_;
   std::optional<Edit> edit_;
 

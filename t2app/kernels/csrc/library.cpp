@@ -3,12 +3,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "byte_weight.h"
 #include "decoder.h"
 #include "edit_side.h"
 #include "layer.h"
 #include "linear.h"
 #include "matrix_edit.h"
 #include "matrix_packing.h"
+#include "share.h"
 #include "tensors.h"
 #include "vector_edit.h"
 
@@ -16,8 +18,20 @@ namespace t2app {
 
 using MaybeTensor = std::optional<Tensor>;
 
-Tensor make_layer(const Tensor& weight, const MaybeTensor& bias, int64_t kind) {
-  return kept<Layer>(weight, bias, static_cast<Kind>(kind));
+Tensor make_layer(const Tensor& weight, const MaybeTensor& scales, const MaybeTensor& bias, int64_t kind) {
+  return kept<Layer>(weight, scales, bias, static_cast<Kind>(kind));
+}
+
+// The weight (out_features, in_features) in bfloat16 that a `ByteWeight` is.
+Tensor unpack_weight(const Tensor& integers, const Tensor& scales) {
+  const ByteWeight weight(integers, scales);
+  const int64_t rows = integers.size(0), length = integers.size(1);
+  const Tensor result = new_bfloat16({rows, length});
+  uint16_t* target = mutable_bits(result);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(kWeightsPerThread / length, 1), [&](int64_t begin, int64_t end) {
+    weight.widen(begin, end - begin, Ahead(), target + begin * length);
+  });
+  return result;
 }
 
 Tensor make_vector_edit(const Tensor& vectors, const Tensor& scales, const Tensor& delta, bool edits_input, int64_t first,
@@ -95,7 +109,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, con
 }  // namespace t2app
 
 STABLE_TORCH_LIBRARY(t2app, library) {
-  library.def("make_layer(Tensor weight, Tensor? bias, int kind) -> Tensor");
+  library.def("make_layer(Tensor weight, Tensor? scales, Tensor? bias, int kind) -> Tensor");
   library.def(
       "make_vector_edit(Tensor vectors, Tensor scales, Tensor delta, bool edits_input, int first, int edited) -> Tensor");
   library.def(
@@ -104,6 +118,7 @@ STABLE_TORCH_LIBRARY(t2app, library) {
   library.def("pack_triangle(Tensor triangle, int narrow) -> (Tensor, Tensor)");
   library.def(
       "make_decoder(Tensor[] layers, Tensor?[] edits, Tensor[] norms, float epsilon, int head_size, float scale) -> Tensor");
+  library.def("unpack_weight(Tensor integers, Tensor scales) -> Tensor");
   library.def("multiply(Tensor layer, Tensor x, Tensor? edit) -> Tensor");
   library.def("edit_side(Tensor edit, Tensor side, Tensor? bias) -> Tensor");
   library.def(
@@ -119,6 +134,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2app, CPU, library) {
   library.impl("sum_triangles", TORCH_BOX(&t2app::sum_of_triangles));
   library.impl("pack_triangle", TORCH_BOX(&t2app::packed_triangle));
   library.impl("make_decoder", TORCH_BOX(&t2app::make_decoder));
+  library.impl("unpack_weight", TORCH_BOX(&t2app::unpack_weight));
   library.impl("multiply", TORCH_BOX(&t2app::multiply));
   library.impl("edit_side", TORCH_BOX(&t2app::edit_side));
   library.impl("decode", TORCH_BOX(&t2app::decode));

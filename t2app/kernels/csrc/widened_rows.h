@@ -46,12 +46,21 @@ class WidenedRows : public LayerJob {
   void multiply_columns(const float* x, const Ahead& ahead, const StoreColumns<float>& store) const {
     const Share share(n_);
     if (layer_.multiplies_words()) {
-      WordRows words(rows_, k_);
-      for (int64_t row = 0; row < rows_; ++row) words.set(row, x + row * k_);
-      multiply_many(words, weight_, layer_.word_scales.data(), share.begin, share.end, ahead, store);
+      const WordRows words = words_of(x);
+      by_rows_in_bfloat16(share, ahead, store, [&](const Rows& rows, const Ahead& own, const StoreColumns<float>& put) {
+        multiply_many(words, rows.weights, layer_.word_scales.data() + rows.first, rows.count, own, put);
+      });
+    } else if (layer_.bytes) {
+      multiply_few(words_of(x), *layer_.bytes, share.begin, share.end, ahead, store);
     } else {
-      multiply_few(x, rows_, weight_, share.begin, share.end, k_, ahead, store);
+      multiply_few(x, rows_, bits(layer_.weight), share.begin, share.end, k_, ahead, store);
     }
+  }
+
+  WordRows words_of(const float* x) const {
+    WordRows words(rows_, k_);
+    for (int64_t row = 0; row < rows_; ++row) words.set(row, x + row * k_);
+    return words;
   }
 
   void multiply(const Ahead& ahead) override { multiply_to_result(x_.data(), ahead); }

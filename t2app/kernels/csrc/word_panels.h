@@ -34,17 +34,17 @@ inline void multiply_panel(const WordRows& x, const WordRows& panel, int32_t* to
   tiles.template operator()<1>();
 }
 
-// Columns begin to end of x Wᵀ for W (n, x.length) in bfloat16, whose rows have such `scales`.
-inline void multiply_many(const WordRows& x, const uint16_t* weight, const float* scales, int64_t begin, int64_t end,
-                          const Ahead& ahead, const StoreColumns<float>& store) {
+// x Wᵀ for W (n, x.length) in bfloat16, whose rows have such `scales`.
+inline void multiply_many(const WordRows& x, const uint16_t* weight, const float* scales, int64_t n, const Ahead& ahead,
+                          const StoreColumns<float>& store) {
   const int64_t k = x.length, panel_bytes = kPanelColumns * k * sizeof(*weight);
   WordRows panel(kPanelColumns, k);
   Scratch<int32_t> totals(x.count * kPanelColumns);
   float values[kPanelColumns];
-  for (int64_t first = begin; first < end; first += kPanelColumns) {
-    const int64_t columns = std::min(kPanelColumns, end - first), after = first + kPanelColumns;
+  for (int64_t first = 0; first < n; first += kPanelColumns) {
+    const int64_t columns = std::min(kPanelColumns, n - first), after = first + kPanelColumns;
     for (int64_t c = 0; c < columns; ++c) panel.set(c, weight + (first + c) * k, scales[first + c]);
-    const char* begin_of_next = after < end ? reinterpret_cast<const char*>(weight + after * k) : ahead.next();
+    const char* begin_of_next = after < n ? reinterpret_cast<const char*>(weight + after * k) : ahead.next();
     AskedInPassing next(begin_of_next, begin_of_next == nullptr ? 0 : panel_bytes, x.count);
     multiply_panel(x, panel, totals.data(), next);
     for (int64_t row = 0; row < x.count; ++row) {

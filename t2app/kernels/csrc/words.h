@@ -81,10 +81,10 @@ inline float word_scale(const float* values, int64_t length) {
   return norm == 0 ? 0 : std::exp2(std::floor(std::log2(std::min(kLargestNorm / norm, kLargestWord) * inverse)));
 }
 
-// A block of words from its even and its odd elements, in an order of its own.
+// A block of words in order, from its even and its odd elements.
 inline void store_words(int16_t* target, Floats even, Floats odd, float scale) {
-  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(even * scale), _mm256_cvtps_epi32(odd * scale));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), words);
+  const __m256i low = _mm256_cvtps_epi32(even * scale), high = _mm256_slli_epi32(_mm256_cvtps_epi32(odd * scale), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm256_blend_epi16(low, high, 0xaa));
 }
 
 // Rows of numbers that are step · word, with a step for each row; zeros fill them up to what is multiplied together.
