@@ -20,7 +20,8 @@ from torch import nn
 from transformers import GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
 from vision_models import save_vision_parts
 
-from t2app.models.catalogue import FOUR_BIT
+from t2app.kernels.build import can_have_kernels, kernel_folder, load_kernels
+from t2app.models.catalogue import EIGHT_BIT, FOUR_BIT
 from t2app.models.families import random_model
 from t2app.models.model import Model, load_model
 
@@ -60,6 +61,19 @@ def real() -> Model:
 def plain() -> nn.Module:
     """The embedded model in fp32 with nothing adapted, a second copy of it."""
     return load_model(precision="fp32", layers=lambda path: False).adapted.model
+
+
+@pytest.fixture(scope="session")
+def models_by_kernels() -> None:
+    """Skips where no model runs by the kernels."""
+    if not can_have_kernels() or not load_kernels(kernel_folder()):
+        pytest.skip("there is a GPU, or no AVX2, or no compiler")
+
+
+@pytest.fixture(scope="session")
+def real_8bit(models_by_kernels) -> Model:
+    """The embedded model in 8-bit with its experts."""
+    return load_model(precision=EIGHT_BIT)
 
 
 @pytest.fixture(scope="session")

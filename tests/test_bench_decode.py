@@ -1,6 +1,7 @@
 """What `bench decode` compares with gives the answers that ours gives; what `bench profile` sees adds up."""
 
 import logging
+from itertools import islice
 
 import pytest
 import torch
@@ -163,6 +164,14 @@ def test_decode_prints_its_ratios_and_says_what_it_leaves_out(tiny, tiny_folder,
     assert "base_over_llama_cpp" not in figures
     reason = "is had from safetensors" if llama_cpp_is_there() else "llama-cpp-python is not installed"
     assert reason in caplog.text
+
+
+def test_steps_in_8bit_are_held_against_those_in_bf16(real_8bit):
+    rows = decode_figures(real_8bit, DEFAULT_MODEL, even_mixture(real_8bit), 1, tokens=2, rounds=1)
+    figures = {figure.figure: figure.value for figure in islice(rows, 7)}  # no whole answers
+    for name in ("base", "both"):
+        ratio = figures[f"{name}_step_in_bf16"] / figures[f"{name}_step"]
+        assert figures[f"{name}_over_bf16"] == pytest.approx(ratio)
 
 
 def test_decode_says_that_packed_weights_cannot_be_written(real_4bit, caplog):

@@ -8,7 +8,6 @@ from test_kernels import fast_layer, kernel, random, relative_error, threads  # 
 from torch import nn
 from torch.nn import functional as F
 
-from t2app.evaluation import BASE, evaluate
 from t2app.experts import mix
 from t2app.kernels.build import can_have_kernels, has_tiles
 from t2app.kernels.byte_linear import (
@@ -206,12 +205,6 @@ def test_layers_whose_rows_are_no_multiple_stay_as_they_are():
 # A model
 
 
-@pytest.fixture(scope="module")
-def real_8bit() -> Model:
-    """The embedded model in 8-bit with its experts."""
-    return load_model(precision=EIGHT_BIT)
-
-
 def test_embedded_model_takes_the_memory_that_the_catalogue_says(real_8bit, real):
     entry = CATALOGUE[DEFAULT_MODEL]
     assert sum(p.nbytes for p in real_8bit.adapted.model.parameters()) == entry.memory_bytes(EIGHT_BIT)
@@ -246,16 +239,7 @@ def test_distributions_are_nearly_those_of_the_exact_model(real_8bit, real, adap
     assert (exact.exp() * (exact - found)).sum(1).mean() < 0.006
 
 
-def test_expert_answers_rightly_where_the_base_model_does_not(real_8bit):
-    task = task_named("arithmetic")
-    examples = task.examples("test")[:24]
-    math = mix(real_8bit.experts, {"math": 1.0})
-    columns = {BASE: [None] * len(examples), "math": [math] * len(examples)}
-    base, adapted = evaluate(real_8bit, task, examples, columns)
-    assert base.correct < len(examples) / 2 < adapted.correct
-
-
-def test_training_has_the_gradients_of_the_exact_model(real):
+def test_training_has_the_gradients_of_the_exact_model(models_by_kernels, real):
     gradients = []
     model = load_model(precision=EIGHT_BIT, layers=lambda path: ".29." in path)
     ids = torch.tensor([model.prompt_ids("Compute 12 + 7.")])

@@ -14,7 +14,7 @@ from statsmodels.stats.proportion import proportion_confint
 from t2app.cli import main
 from t2app.experts import load_expert
 from t2app.found_mixtures import mixture_file
-from t2app.kernels.build import can_have_kernels, kernel_folder, load_kernels
+from t2app.kernels.build import can_have_kernels
 from t2app.models.catalogue import CATALOGUE, DEFAULT_MODEL
 from t2app.models.model import load_model
 
@@ -73,9 +73,9 @@ def test_options_are_read_without_what_it_takes_to_run_a_command():
 
 
 @pytest.mark.parametrize("precision", ["auto", "8bit", "4bit"])
-def test_answer_prints_the_events_of_the_contract(json_lines, precision):
-    if precision == "8bit" and not (can_have_kernels() and load_kernels(kernel_folder())):
-        pytest.skip("this machine has no kernels")
+def test_answer_prints_the_events_of_the_contract(json_lines, precision, request):
+    if precision == "8bit":
+        request.getfixturevalue("models_by_kernels")
     prompt = "Compute 12 + 7. Reply with only the number."
     arguments = ("--dispatch", "manual", "--weights", "math=1", "--precision", precision)
     first, *tokens, last = json_lines("answer", prompt, *arguments)

@@ -194,7 +194,7 @@ def test_checkpoint_whose_shard_is_missing_is_refused(tiny_folder, copied):
         CheckpointWeights(folder, AutoModelForCausalLM.from_pretrained(tiny_folder))
 
 
-# 4-bit
+# Fewer bits
 
 
 def test_embedded_model_in_4bit_takes_the_memory_that_the_catalogue_says(real_4bit, real):
@@ -253,12 +253,13 @@ def test_base_row_in_4bit_is_bit_identical_to_the_plain_model_and_detach_gives_i
     assert layers == {"Linear4bit"}
 
 
-def test_expert_in_4bit_answers_rightly_where_the_base_model_does_not(real_4bit):
-    task = task_named("arithmetic")
+@pytest.mark.parametrize("fewer_bits", ["real_8bit", "real_4bit"])
+def test_expert_in_fewer_bits_answers_rightly_where_the_base_model_does_not(fewer_bits, request):
+    model, task = request.getfixturevalue(fewer_bits), task_named("arithmetic")
     examples = task.examples("test")[:24]
-    math = mix(real_4bit.experts, {"math": 1.0})
+    math = mix(model.experts, {"math": 1.0})
     columns = {BASE: [None] * len(examples), "math": [math] * len(examples)}
-    base, adapted = evaluate(real_4bit, task, examples, columns)
+    base, adapted = evaluate(model, task, examples, columns)
     assert base.correct < len(examples) / 2 < adapted.correct
 
 
