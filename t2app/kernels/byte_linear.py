@@ -1,7 +1,7 @@
 """Linear layers in bfloat16 whose weights are held in 8 bits: a step of decoding reads half as much.
 
-bitsandbytes has such layers too (LLM.int8, arXiv 2208.07339), which on a CPU round what is multiplied by a weight to 8
-bits as well. Here it keeps 16, so that nothing but the weights is less exact than it was.
+bitsandbytes has such layers too (LLM.int8, arXiv 2208.07339), which round what is multiplied by a weight to 8 bits as
+well. Here it keeps 16, so that nothing but the weights is less exact than it was.
 """
 
 from typing import NamedTuple
