@@ -85,6 +85,11 @@ class GrowingLayer(DynamicLayer):
             self._copy(length, room_for(length))
         return self._room
 
+    def advance(self) -> None:
+        """See a token more of the room that is there, which is the caller's to write."""
+        self._length += 1
+        self._seen = (None, None)
+
     @property
     def room(self) -> int:
         """For how many tokens more there is room."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoder_models import adapted, decoder_model, mixtures_of
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from t2app.kernels.attention import fast_attention
 from t2app.kernels.build import (
@@ -37,7 +37,6 @@ from t2app.kernels.model import use_kernels
 from t2app.key_values import GrowingCache
 from t2app.models.model import load_model
 from t2app.spectral import SpectralModel, basis_of
-from t2app.spectral.layer_paths import block_linear_paths
 from t2app.spectral.products import edited
 
 BYTE_TESTS = Path(__file__).with_name("test_byte_linear.py")
@@ -445,40 +444,6 @@ def test_attention_of_a_prompt_and_one_that_needs_a_gradient_are_torchs():
     last = query[:, :, -1:].clone().requires_grad_()
     fast_attention(module, last, keys, keys, None)[0].sum().backward()
     assert last.grad.abs().sum() > 0
-
-
-def decoder_model(kind: str, **changes) -> PreTrainedModel:
-    """A small random model that the kernels know, in float32, with norms and biases that are not trivial."""
-    settings = {
-        "vocab_size": 50,
-        "hidden_size": 192,
-        "intermediate_size": 320,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "sliding_window": None,
-    }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings | changes)).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() == 1:
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def adapted(model: PreTrainedModel) -> SpectralModel:
-    paths = block_linear_paths(model)
-    return SpectralModel(model, {path: basis_of(model.get_submodule(path).weight) for path in paths})
-
-
-def mixtures_of(model: SpectralModel) -> list[dict[str, torch.Tensor] | None]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {path: strength * torch.randn(layer.rank, generator=generator) for path, layer in model.layers.items()}
-        for strength in (0.2, 0.4)
-    ]
 
 
 # New tokens a row of passes one after another: a prompt, more of it, and steps.

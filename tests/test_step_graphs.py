@@ -78,8 +78,7 @@ def test_what_lies_in_the_room_behind_the_tokens_is_not_seen(tiny):
         layer.reserve(64)
         for room in layer.extend(0):
             room[..., layer.get_seq_length() :, :] = torch.nan
-    ids, places = (torch.tensor([[value]], device=tiny.adapted.model.device) for value in (first[0], 3))
-    step = FixedStep(tiny.adapted, context, ids, places)
+    step = FixedStep(tiny.adapted, context, [first[0]], [3])
     assert step.run().argmax().item() == batch.step()[0]
 
 

@@ -30,9 +30,14 @@ from t2app.spectral import SpectralLinear
 # activations, sums, the embedding). What runs outside of it chooses the token.
 _LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE = "linear", "attention", "head", "elementwise", "choice"
 _KINDS = (_LINEAR, _ATTENTION, _HEAD, _ELEMENTWISE, _CHOICE)
-# The kernel of whole blocks, and what it calls its parts, which are in no module.
-_BLOCKS = "t2app::decode"
-_KINDS_IN_BLOCKS = {"t2app::linear": _LINEAR, "t2app::attention": _ATTENTION}
+# The kernels of whole blocks and of a whole step, and what they call their parts, which are in no module.
+_BLOCKS, _STEP = "t2app::decode", "t2app::step"
+_KINDS_OF_PARTS = {
+    "t2app::linear": _LINEAR,
+    "t2app::attention": _ATTENTION,
+    "t2app::head": _HEAD,
+    "t2app::likeliest": _CHOICE,
+}
 
 _USERS = 8
 _PLAIN_EIGHT = "as many rows, none of them adapted"
@@ -115,8 +120,10 @@ def times_by_kind(model: Model, step: Callable[[], object]) -> dict[str, float]:
             continue
         seconds = 1e-6 * event.time_range.elapsed_us()
         around = _CHOICE if event.cpu_parent is None else event.cpu_parent.name
-        if around == _BLOCKS and event.name in _KINDS_IN_BLOCKS:
-            times[_KINDS_IN_BLOCKS[event.name]] += seconds
+        if event.name == _STEP:
+            times[_ELEMENTWISE] += seconds
+        elif around in (_BLOCKS, _STEP) and event.name in _KINDS_OF_PARTS:
+            times[_KINDS_OF_PARTS[event.name]] += seconds
             times[_ELEMENTWISE] -= seconds
         # An operation that another one calls is in that one's time.
         elif around in times:

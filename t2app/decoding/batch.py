@@ -6,16 +6,17 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from t2app.decoding.context import Context, device_of
 from t2app.decoding.prefill import Prefilled, prefill, prefill_picture
 from t2app.decoding.prefix import Prefix
-from t2app.decoding.sampling import next_tokens
+from t2app.decoding.sampling import NextLogits, next_tokens
+from t2app.decoding.step_calls import StepCalls
 from t2app.decoding.step_graphs import StepGraphs, recorder_for
+from t2app.kernels.steps import calls_kernels
 from t2app.messages import Sampling
 from t2app.models.vision import PictureInputs
-from t2app.spectral import Deltas, Plan, SpectralModel
+from t2app.spectral import Deltas, SpectralModel
 
 
 @dataclass(eq=False)
@@ -48,16 +49,15 @@ class Batch:
 
     Args:
         eos_ids: token ids that end a row.
-        graphs: of this batch's steps; None records them where that can be.
+        steps: what this batch's steps go by; None takes what is the fastest.
     """
 
-    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int], graphs: StepGraphs | None = None):
+    def __init__(self, adapted: SpectralModel, eos_ids: Sequence[int], steps: StepCalls | StepGraphs | None = None):
         self._adapted, self._stop = adapted, frozenset(eos_ids)
         self._rows: list[_Row] = []
         self._admitted = 0
         self._context: Context | None = None
-        self._plan: Plan = {}
-        self._graphs = graphs or StepGraphs(adapted, recorder_for(adapted))
+        self._steps = steps or steps_of(adapted)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -126,7 +126,7 @@ class Batch:
             for p, mixture, position in zip(numbers, prefilled.mixtures, prefilled.positions, strict=True)
             for sample in range(samples)
         ]
-        tokens, kept = self._choose(prefilled.logits[:, -1].repeat_interleave(samples, 0), rows)
+        tokens, kept = self._choose(NextLogits(prefilled.logits[:, -1].repeat_interleave(samples, 0)), rows)
         if kept:
             if len(kept) < len(rows):
                 context.select(kept)
@@ -137,15 +137,11 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> dict[int, int]:
         """Run the last token of every row; gives their next ones, by the rows' numbers."""
-        device = device_of(self._adapted)
-        ids = torch.tensor([[row.token] for row in self._rows], device=device)
-        places = torch.tensor([[row.position] for row in self._rows], device=device)
-        # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
-        with self._adapted.using(self._plan):
-            logits = self._graphs.logits(ids, places, self._context)
+        ids, places = [row.token for row in self._rows], [row.position for row in self._rows]
+        following = self._steps.run(ids, places, self._context)
         for row in self._rows:
             row.position += 1
-        tokens, kept = self._choose(logits, self._rows)
+        tokens, kept = self._choose(following, self._rows)
         self._keep(kept)
         return tokens
 
@@ -159,9 +155,9 @@ class Batch:
         """Let rows go before they have ended."""
         self._keep([i for i, row in enumerate(self._rows) if row.number not in numbers])
 
-    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> tuple[dict[int, int], list[int]]:
-        """The next token of each row by its number, from logits (rows, vocabulary), and which of the rows go on."""
-        chosen = next_tokens(logits, [row.sampling for row in rows], [row.generator for row in rows])
+    def _choose(self, following: NextLogits, rows: Sequence[_Row]) -> tuple[dict[int, int], list[int]]:
+        """The next token of each row by its number, and which of the rows go on."""
+        chosen = next_tokens(following, [row.sampling for row in rows], [row.generator for row in rows])
         for row, token in zip(rows, chosen, strict=True):
             row.token = token
             row.left -= 1
@@ -173,21 +169,20 @@ class Batch:
             rows = [*self._rows, *rows]
             order = _base_first([row.mixture for row in rows])
             context, rows = self._context.joined(context, order, device), [rows[i] for i in order]
-        self._plan = self._adapted.plan([row.mixture for row in rows])
         self._rows, self._context = rows, context
-        self._graphs.forget()
+        self._steps.begin(self._adapted.plan([row.mixture for row in rows]))
 
     def _keep(self, kept: Sequence[int]) -> None:
         """Go on with these of the rows."""
         if len(kept) == len(self._rows):
             return
         self._rows = [self._rows[i] for i in kept]
-        self._graphs.forget()
         if not kept:
-            self._context, self._plan = None, {}
+            self._context = None
+            self._steps.begin({})
             return
         self._context.select(kept)
-        self._plan = self._adapted.plan([row.mixture for row in self._rows])
+        self._steps.begin(self._adapted.plan([row.mixture for row in self._rows]))
 
 
 def decode(
@@ -238,6 +233,11 @@ def collected(steps: Iterator[dict[int, int]]) -> list[list[int]]:
         for row, token in step.items():
             rows[row].append(token)
     return list(rows.values())
+
+
+def steps_of(adapted: SpectralModel) -> StepCalls | StepGraphs:
+    """What the steps of one batch of a model go by: calls of the kernels on a CPU, CUDA graphs on a GPU."""
+    return StepCalls(adapted) if calls_kernels(adapted.model) else StepGraphs(adapted, recorder_for(adapted))
 
 
 def _check(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
+from t2app.decoding.sampling import NextLogits
 from t2app.key_values import GrowingLayer, room_for
 from t2app.spectral import SpectralModel, execution_device
 
@@ -177,6 +178,13 @@ def forward(
     arguments |= others
     with sdpa_kernel(_ATTENTION):
         return adapted.model(**arguments).logits
+
+
+def plain_step(adapted: SpectralModel, ids: Sequence[int], places: Sequence[int], context: Context) -> NextLogits:
+    """What follows a token of each row at its place, which the context takes in, by a pass of the model."""
+    context.extend(1)
+    ids, places = (torch.tensor(of_rows, device=device_of(adapted))[:, None] for of_rows in (ids, places))
+    return NextLogits(forward(adapted, ids, context, places)[:, -1])
 
 
 def positions(mask: Tensor) -> Tensor:

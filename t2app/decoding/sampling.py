@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,29 +14,48 @@ from t2app.messages import Sampling
 _LIKELIEST = 512
 
 
+class NextLogits(NamedTuple):
+    """What the next token of each row is chosen by.
+
+    Attributes:
+        logits: (rows, vocabulary).
+        likeliest: the token of the largest in each row, of several such the first; None where nobody looked for it yet.
+    """
+
+    logits: Tensor
+    likeliest: Sequence[int] | None = None
+
+
 def next_tokens(
-    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
+    following: NextLogits, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]
 ) -> list[int]:
-    """The next token of each row, from logits (rows, vocabulary); a row that is not greedy has a generator."""
+    """The next token of each row; a row that is not greedy has a generator."""
     alike: dict[tuple[float, float], list[int]] = defaultdict(list)
     for i, sampling in enumerate(samplings):
         alike[sampling.temperature, sampling.top_p].append(i)
     tokens = [0] * len(samplings)
     for (temperature, top_p), some in alike.items():
-        own = logits if len(some) == len(samplings) else logits[some]
-        chosen = _tokens_at(temperature, top_p, own, [generators[i] for i in some])
+        chosen = _tokens_at(temperature, top_p, _rows_of(following, some), [generators[i] for i in some])
         for i, token in zip(some, chosen, strict=True):
             tokens[i] = token
     return tokens
 
 
+def _rows_of(following: NextLogits, some: Sequence[int]) -> NextLogits:
+    if len(some) == len(following.logits):
+        return following
+    likeliest = following.likeliest
+    return NextLogits(following.logits[some], None if likeliest is None else [likeliest[i] for i in some])
+
+
 def _tokens_at(
-    temperature: float, top_p: float, logits: Tensor, generators: Sequence[torch.Generator | None]
-) -> list[int]:
+    temperature: float, top_p: float, following: NextLogits, generators: Sequence[torch.Generator | None]
+) -> Sequence[int]:
     """`next_tokens` of rows that are sampled alike: greedy, or drawn."""
+    logits, likeliest = following
     if temperature == 0:
         # Of `argmax` torch has no quick way in bfloat16 on a CPU: it takes five times as long.
-        return logits.max(-1).indices.tolist()
+        return logits.max(-1).indices.tolist() if likeliest is None else likeliest
     scores = logits.float() / temperature
     if top_p < 1:
         scores = nucleus(scores, top_p)

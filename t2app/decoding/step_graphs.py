@@ -10,15 +10,16 @@ are on a CPU. Tests without a GPU run all but the recording itself.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from t2app.decoding.context import Context, device_of, forward
+from t2app.decoding.context import Context, device_of, forward, plain_step
+from t2app.decoding.sampling import NextLogits
 from t2app.key_values import GrowingLayer
-from t2app.spectral import SpectralModel
+from t2app.spectral import Plan, SpectralModel
 
 # Steps of the same rows before one is recorded. That takes as long as some more of them, which rows that soon come or
 # go do not make up for.
@@ -37,25 +38,30 @@ class FixedStep:
 
     The context is left as it is, but for what is written in the room behind its tokens.
 
-    Attributes:
-        ids: (rows, 1), the tokens that the next call of `run` takes in.
+    Args:
+        ids: the token of each row that is taken in first, at these places.
     """
 
-    def __init__(self, adapted: SpectralModel, context: Context, ids: Tensor, places: Tensor):
+    def __init__(self, adapted: SpectralModel, context: Context, ids: Sequence[int], places: Sequence[int]):
         self._adapted = adapted
+        device = device_of(adapted)
         layers = [_with_fixed_room(layer) for layer in context.cache.layers]
-        self.ids, self._places = ids.clone(), places.clone()
+        self._ids, self._places = (torch.tensor(of_rows, device=device)[:, None] for of_rows in (ids, places))
         # What attention sees, (rows, 1, 1, room): what the context does, and what is written here.
-        seen = torch.zeros(len(ids), 1, 1, layers[0].max_cache_len, dtype=torch.bool, device=ids.device)
-        mask = context.whole_mask(ids.device)
+        seen = torch.zeros(len(ids), 1, 1, layers[0].max_cache_len, dtype=torch.bool, device=device)
+        mask = context.whole_mask(device)
         seen[..., : mask.shape[1]] = mask[:, None, None].bool()
         self._context = Context(Cache(layers=layers), seen)
 
+    def take(self, ids: Sequence[int]) -> None:
+        """Have the next call of `run` take in these tokens of the rows."""
+        self._ids.copy_(torch.tensor(ids)[:, None])
+
     def run(self) -> Tensor:
-        """The logits (rows, vocabulary) after `ids`, which this step's tensors take in."""
+        """The logits (rows, vocabulary) after the rows' tokens, which this step's tensors take in."""
         length = self._context.cache.layers[0].cumulative_length
         self._context.mask.index_fill_(-1, length[None], True)
-        logits = forward(self._adapted, self.ids, self._context, self._places)[:, -1]
+        logits = forward(self._adapted, self._ids, self._context, self._places)[:, -1]
         self._places += 1
         return logits
 
@@ -75,34 +81,40 @@ class StepGraphs:
 
     def __init__(self, adapted: SpectralModel, record: Callable[[FixedStep], Replay] | None):
         self._adapted, self._record = adapted, record
-        self.forget()
+        self.begin({})
 
-    def forget(self) -> None:
-        """Expect other rows, or another plan, from now on."""
+    def begin(self, plan: Plan) -> None:
+        """Expect other rows, by this plan, from now on."""
+        self._plan = plan
+        self._forget()
+
+    def _forget(self) -> None:
         self._steps = 0
         self._replay: Replay | None = None
         self._step: FixedStep | None = None
 
-    def logits(self, ids: Tensor, places: Tensor, context: Context) -> Tensor:
-        """Logits (rows, vocabulary) after `ids` (rows, 1) at these places, which the context takes in.
+    def run(self, ids: Sequence[int], places: Sequence[int], context: Context) -> NextLogits:
+        """What follows a token of each row at its place, which the context takes in; it is good until the next call."""
+        # The plan is in use only while a step runs: a stream that is left half-read leaves the model clean.
+        with self._adapted.using(self._plan):
+            return self._run(ids, places, context)
 
-        They are good until the next call.
-        """
+    def _run(self, ids: Sequence[int], places: Sequence[int], context: Context) -> NextLogits:
         layers = context.cache.layers
         if self._replay is not None and layers[0].room == 0:
-            self.forget()
+            self._forget()
         if self._record is not None and self._steps == _STEPS_BEFORE and _all_grow(context):
             self._begin(ids, places, context)
         self._steps += 1
-        context.extend(1)
         if self._replay is None:
-            return forward(self._adapted, ids, context, places)[:, -1]
+            return plain_step(self._adapted, ids, places, context)
+        context.extend(1)
         for layer in layers:
-            layer.extend(1)
-        self._step.ids.copy_(ids)
-        return self._replay()
+            layer.advance()
+        self._step.take(ids)
+        return NextLogits(self._replay())
 
-    def _begin(self, ids: Tensor, places: Tensor, context: Context) -> None:
+    def _begin(self, ids: Sequence[int], places: Sequence[int], context: Context) -> None:
         for layer in context.cache.layers:
             length = layer.get_seq_length() + _LEAST_ROOM
             layer.reserve(length + -length % _ROOM_UNIT)

@@ -67,7 +67,7 @@ class Decoder:
     def __init__(self, layers: list[EditedLayer], norms: list[Tensor], epsilon: float, head_size: int, scale: float):
         kept = [layer.kept for layer, _ in layers]
         edits = [None if edit is None else edit.kept for _, edit in layers]
-        self._kept = torch.ops.t2app.make_decoder(kept, edits, norms, epsilon, head_size, scale)
+        self.kept = torch.ops.t2app.make_decoder(kept, edits, norms, epsilon, head_size, scale)
 
     def __call__(
         self,
@@ -91,7 +91,7 @@ class Decoder:
         if mask is not None and x.shape[1] > 1:
             # As torch's attention adds it, which would make that of one of bools itself, in every block.
             mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
-        return torch.ops.t2app.decode(self._kept, x, cos, sin, keys, values, length, mask)
+        return torch.ops.t2app.decode(self.kept, x, cos, sin, keys, values, length, mask)
 
 
 class FastDecoder:
@@ -123,8 +123,8 @@ class FastDecoder:
     ) -> BaseModelOutputWithPast:
         new = inputs_embeds if input_ids is None else input_ids  # (rows, tokens) or (rows, tokens, hidden)
         plain = use_cache and not others and (attention_mask is None or attention_mask.dim() == 2)
-        if plain and not torch.is_grad_enabled() and _grows(cache):
-            kernel = self._kernel_for(*new.shape[:2])
+        if plain and not torch.is_grad_enabled() and grows(cache):
+            kernel = self.kernel_for(*new.shape[:2])
             if kernel is not None:
                 x = self._decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
                 return BaseModelOutputWithPast(self._run(kernel, x, attention_mask, position_ids, cache), cache)
@@ -143,7 +143,7 @@ class FastDecoder:
         rows, tokens, _ = x.shape
         if positions is None:
             positions = cache.get_seq_length() + torch.arange(tokens)[None]
-        cos, sin = self._decoder.rotary_emb(x, positions)
+        cos, sin = self.angles(positions)
         if tokens > 1:
             mask = create_causal_mask(self._decoder.config, x, mask, cache, positions)
         elif mask is not None:
@@ -155,8 +155,15 @@ class FastDecoder:
         keys, values = zip(*(layer.extend(tokens) for layer in cache.layers), strict=True)
         return kernel(x, cos, sin, keys, values, cache.get_seq_length(), mask)
 
-    def _kernel_for(self, rows: int, tokens: int) -> Decoder | None:
-        """The kernel of the layers and the plan in use, made anew only where those are others than last time."""
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of positions (1 or rows, tokens), (1 or rows, tokens, head size)."""
+        return self._decoder.rotary_emb(self._weights_of_norms[0], positions)
+
+    def kernel_for(self, rows: int, tokens: int) -> Decoder | None:
+        """The kernel of the layers and the plan in use, made anew only where those are others than last time.
+
+        None where they have none.
+        """
         layers = [modules[name] for modules, name in self._places]
         if self._made_for != (layers, rows, tokens, *self._plans()):
             # Where the layers look their plan up, each place once.
@@ -178,6 +185,6 @@ class FastDecoder:
         return Decoder(kernels, self._weights_of_norms, *self._settings)
 
 
-def _grows(cache: Cache | None) -> bool:
+def grows(cache: Cache | None) -> bool:
     """Whether there is room for more tokens in every block."""
     return cache is not None and bool(cache.layers) and all(isinstance(layer, GrowingLayer) for layer in cache.layers)

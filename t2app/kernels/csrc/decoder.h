@@ -9,6 +9,11 @@
 
 namespace t2app {
 
+// Where the keys and values of a block lie.
+struct Room {
+  MutableHeads keys, values;
+};
+
 struct Decoder : Kept {
   // layers and their edits: those of each block, norms: those of each and the one after the last, as `Block` takes them.
   Decoder(const std::vector<Tensor>& layers, const std::vector<std::optional<Tensor>>& edits,
@@ -30,6 +35,9 @@ struct Decoder : Kept {
     }
   }
 
+  int64_t hidden() const { return blocks_[0].hidden(); }
+  int64_t head_size() const { return head_size_; }
+
   // What the output layer takes, (rows, new tokens, hidden), for embeddings x of that shape.
   //
   // cos, sin (1 or rows, new tokens, head size) are those of the new tokens' positions; keys and values are those of each
@@ -38,11 +46,10 @@ struct Decoder : Kept {
   // scores of several; where there is none a token attends to itself and all before it.
   Tensor forward(const Tensor& x, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& keys,
                  const std::vector<Tensor>& values, int64_t length, const std::optional<Tensor>& mask) const {
-    STD_TORCH_CHECK(x.dim() == 3 && is_bfloat16(x) && x.size(2) == blocks_[0].hidden(),
+    STD_TORCH_CHECK(x.dim() == 3 && is_bfloat16(x) && x.size(2) == hidden(),
                     "(rows, tokens, hidden) in bfloat16 was expected");
-    STD_TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),
-                    "keys and values of each block were expected");
     const int64_t rows = x.size(0), tokens = x.size(1), elements = x.numel();
+    STD_TORCH_CHECK(tokens <= length, "a length with the new tokens was expected");
     STD_TORCH_CHECK(mask || tokens == 1 || length == tokens, "a mask was expected for several tokens after others");
     const Tensor whole_mask = mask ? torch::stable::contiguous(*mask) : x;
     const Pass pass{
@@ -54,17 +61,39 @@ struct Decoder : Kept {
         .seen = mask && tokens == 1 ? seen_by(whole_mask, rows, length) : Seen(),
         .added = tokens > 1 ? mask : std::nullopt,
     };
-    const Tensor in_order = torch::stable::contiguous(x);
-    Scratch<uint16_t> hidden(bits(in_order), bits(in_order) + elements);
-    for (size_t block = 0; block < blocks_.size(); ++block) {
-      blocks_[block].forward(hidden.data(), pass, seen(keys[block], pass, length), seen(values[block], pass, length));
-    }
-    const Tensor result = new_bfloat16({rows, tokens, blocks_[0].hidden()});
-    normalize_rows(hidden.data(), rows * tokens, norm_, epsilon_, mutable_bits(result));
+    const Tensor in_order = torch::stable::contiguous(x), result = new_bfloat16({rows, tokens, hidden()});
+    std::copy_n(bits(in_order), elements, mutable_bits(result));
+    run(mutable_bits(result), pass, rooms(keys, values, rows, length), length);
     return result;
   }
 
- private:
+  // Takes embeddings (rows, new tokens, hidden), in place, to what the output layer takes; of `rooms` so many tokens are
+  // seen.
+  void run(uint16_t* x, const Pass& pass, const std::vector<Room>& rooms, int64_t length) const {
+    for (size_t block = 0; block < blocks_.size(); ++block) {
+      blocks_[block].forward(x, pass, rooms[block].keys.first(length), rooms[block].values.first(length));
+    }
+    normalize_rows(x, pass.rows * pass.tokens, norm_, epsilon_, x);
+  }
+
+  // The keys and values of each block, with room for so many tokens at least.
+  std::vector<Room> rooms(const std::vector<Tensor>& keys, const std::vector<Tensor>& values, int64_t rows,
+                          int64_t tokens) const {
+    STD_TORCH_CHECK(keys.size() == blocks_.size() && values.size() == blocks_.size(),
+                    "keys and values of each block were expected");
+    const auto heads = [&](const Tensor& of) {
+      const MutableHeads own = heads_of(of);
+      STD_TORCH_CHECK(own.rows == rows && own.heads == blocks_[0].key_heads() && own.size == head_size_ &&
+                          tokens <= own.tokens,
+                      "keys and values do not match the batch");
+      return own;
+    };
+    std::vector<Room> all;
+    for (size_t block = 0; block < blocks_.size(); ++block) all.push_back({heads(keys[block]), heads(values[block])});
+    return all;
+  }
+
+  // Those of each row, or of all rows alike, and of so many tokens, (1 or rows, tokens, head size).
   const uint16_t* angles(const Tensor& of, int64_t rows, int64_t tokens) const {
     STD_TORCH_CHECK(is_bfloat16(of) && of.is_contiguous() && of.dim() == 3 && of.size(2) == head_size_ &&
                         of.size(1) == tokens && (of.size(0) == 1 || of.size(0) == rows),
@@ -72,14 +101,7 @@ struct Decoder : Kept {
     return bits(of);
   }
 
-  MutableHeads seen(const Tensor& of, const Pass& pass, int64_t length) const {
-    const MutableHeads heads = heads_of(of);
-    STD_TORCH_CHECK(heads.rows == pass.rows && heads.heads == blocks_[0].key_heads() && heads.size == head_size_ &&
-                        pass.tokens <= length && length <= heads.tokens,
-                    "keys and values do not match the batch");
-    return heads.first(length);
-  }
-
+ private:
   const std::vector<Tensor> layers_;
   const std::vector<std::optional<Tensor>> edits_;
   std::vector<Block> blocks_;

@@ -11,6 +11,7 @@
 #include "matrix_edit.h"
 #include "matrix_packing.h"
 #include "share.h"
+#include "steps.h"
 #include "tensors.h"
 #include "vector_edit.h"
 
@@ -87,6 +88,15 @@ Tensor decode(const Tensor& decoder, const Tensor& x, const Tensor& cos, const T
   return kept_in<Decoder>(decoder).forward(x, cos, sin, keys, values, length, mask);
 }
 
+Tensor make_steps(const Tensor& decoder, const Tensor& head, const Tensor& embedding, const Tensor& cos, const Tensor& sin,
+                  const std::vector<Tensor>& keys, const std::vector<Tensor>& values, int64_t seen, const MaybeTensor& mask) {
+  return kept<Steps>(decoder, head, embedding, cos, sin, keys, values, seen, mask);
+}
+
+std::tuple<Tensor, Tensor> step(const Tensor& steps, const std::vector<int64_t>& ids, int64_t length) {
+  return kept_in<Steps>(steps).step(ids, length);
+}
+
 // The outputs (rows, 1, heads, size) for query (rows, heads, 1, size) and keys and values (rows, key heads, tokens,
 // size), all bfloat16, size divides by 16; mask (1 or rows, 1, 1, tokens) is true for what a row attends to.
 Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const MaybeTensor& mask, double scale) {
@@ -124,6 +134,10 @@ STABLE_TORCH_LIBRARY(t2app, library) {
   library.def(
       "decode(Tensor decoder, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, int length, Tensor? mask) "
       "-> Tensor");
+  library.def(
+      "make_steps(Tensor decoder, Tensor head, Tensor embedding, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
+      "int seen, Tensor? mask) -> Tensor");
+  library.def("step(Tensor steps, int[] ids, int length) -> (Tensor, Tensor)");
   library.def("attend(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor");
 }
 
@@ -138,5 +152,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2app, CPU, library) {
   library.impl("multiply", TORCH_BOX(&t2app::multiply));
   library.impl("edit_side", TORCH_BOX(&t2app::edit_side));
   library.impl("decode", TORCH_BOX(&t2app::decode));
+  library.impl("make_steps", TORCH_BOX(&t2app::make_steps));
+  library.impl("step", TORCH_BOX(&t2app::step));
   library.impl("attend", TORCH_BOX(&t2app::attend));
 }
